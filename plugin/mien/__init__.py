@@ -1,0 +1,102 @@
+"""mien gives a running language model a temper.
+
+    steering = mien.attach(llm)            # a llama_cpp.Llama
+    steering.set("0.8*joy - 0.3*anger")    # any time, also between two tokens
+
+Importing mien loads no runtime and patches nothing; each name below is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        MienError,
+        MissingExtra,
+        ModelMismatch,
+        ModelNotFound,
+        NameNotFound,
+        PackError,
+        RecipeError,
+        RuntimeNotSupported,
+        SteeringNotApplied,
+        VectorError,
+        VectorFileError,
+    )
+    from .extraction import extract
+    from .fingerprint import Fingerprint
+    from .pack import Pack
+    from .recipe import Recipe, parse
+    from .registry import Registry, load, packs
+    from .runtimes import attach
+    from .steering import Applied, Steering
+    from .vector import Vector
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attach": "runtimes",
+    "extract": "extraction",
+    "Fingerprint": "fingerprint",
+    "Pack": "pack",
+    "Recipe": "recipe",
+    "parse": "recipe",
+    "Registry": "registry",
+    "load": "registry",
+    "packs": "registry",
+    "Applied": "steering",
+    "Steering": "steering",
+    "Vector": "vector",
+    "MienError": "errors",
+    "MissingExtra": "errors",
+    "ModelMismatch": "errors",
+    "ModelNotFound": "errors",
+    "NameNotFound": "errors",
+    "PackError": "errors",
+    "RecipeError": "errors",
+    "RuntimeNotSupported": "errors",
+    "SteeringNotApplied": "errors",
+    "VectorError": "errors",
+    "VectorFileError": "errors",
+}
+
+__all__ = [
+    "Applied",
+    "Fingerprint",
+    "MienError",
+    "MissingExtra",
+    "ModelMismatch",
+    "ModelNotFound",
+    "NameNotFound",
+    "Pack",
+    "PackError",
+    "Recipe",
+    "RecipeError",
+    "Registry",
+    "RuntimeNotSupported",
+    "Steering",
+    "SteeringNotApplied",
+    "Vector",
+    "VectorError",
+    "VectorFileError",
+    "__version__",
+    "attach",
+    "extract",
+    "load",
+    "packs",
+    "parse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mien' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

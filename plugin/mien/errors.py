@@ -1,0 +1,124 @@
+"""Every error meant for a user.
+
+    MienError                   exit code
+    ├── VectorFileError         4   a file that is not a vector, or a broken one
+    ├── PackError               4   a pack that is broken, unsafe or not as its manifest says
+    ├── VectorError             1   arithmetic that has no meaning (shapes, numbers)
+    ├── RecipeError             2   a recipe that does not parse; shows the place
+    ├── NameNotFound            3   no such vector or pack; lists the nearest
+    ├── ModelNotFound           3   no such model file, or none given
+    ├── ModelMismatch           5   vector, pack and model do not belong together
+    ├── RuntimeNotSupported     6   not a model that mien can attach to
+    ├── MissingExtra            6   an optional dependency is not installed
+    └── SteeringNotApplied      7   the model ran, and what was asked for did not happen
+
+A message says what was expected, what came instead, where, and what to do next. The facts are
+attributes too. Anything else that escapes mien is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MienError(Exception):
+    """Base of every error meant for a user. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class VectorFileError(MienError):
+    """A vector file is not readable as one. `path` is the file, `where` the tensor or key."""
+
+    exit_code = 4
+
+    def __init__(self, path: object, problem: str, where: str = "") -> None:
+        self.path, self.where, self.problem = str(path), where, problem
+        super().__init__(f"{path}{', ' + where if where else ''}: {problem}")
+
+
+class PackError(MienError):
+    """A pack is broken, unsafe, or not as its manifest says."""
+
+    exit_code = 4
+
+
+class VectorError(MienError):
+    """An operation on vectors that has no meaning: other shapes, a number that is not finite."""
+
+
+class RecipeError(MienError):
+    """A recipe that can't be understood. `text` is the recipe, `offset` the place (0-based)."""
+
+    exit_code = 2
+
+    def __init__(self, problem: str, text: str = "", offset: int | None = None) -> None:
+        self.problem, self.text, self.offset = problem, text, offset
+        place = ""
+        if text and offset is not None:
+            # One line around the place, so that a long recipe stays readable.
+            start = max(0, offset - 40)
+            shown = text[start : offset + 40]
+            line = "".join(char if char.isprintable() else " " for char in shown)
+            place = f"\n    {line}\n    {' ' * (offset - start)}^"
+        super().__init__(f"recipe: {problem}{place}")
+
+
+class NameNotFound(MienError):
+    """No vector or pack of that name. `name` is what was asked for, `nearest` what there is."""
+
+    exit_code = 3
+
+    def __init__(self, name: str, known: Iterable[str], what: str = "vector", hint: str = "") -> None:
+        known = sorted(set(known))
+        self.name, self.nearest = name, difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        if self.nearest:
+            tail = f"Did you mean {' or '.join(self.nearest)}?"
+        elif known:
+            tail = f"There is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
+        else:
+            tail = f"No {what} is known."
+        super().__init__(f"no {what} named {name!r}. {tail}{' ' + hint if hint else ''}")
+
+
+class ModelNotFound(MienError):
+    """No model file at that path, or no model given and no default installed."""
+
+    exit_code = 3
+
+
+class ModelMismatch(MienError):
+    """Vector, pack and model do not belong together. `differences` says in what."""
+
+    exit_code = 5
+
+    def __init__(self, what: str, differences: Iterable[str], hint: str = "") -> None:
+        self.differences = tuple(differences)
+        super().__init__(f"{what}: {'; '.join(self.differences)}.{' ' + hint if hint else ''}")
+
+
+class RuntimeNotSupported(MienError):
+    """The object is not a model that mien can attach to, or not in a state that allows it."""
+
+    exit_code = 6
+
+
+class MissingExtra(MienError):
+    """An optional dependency is not installed; the message has the pip command."""
+
+    exit_code = 6
+
+    def __init__(self, module: str, extra: str) -> None:
+        self.module, self.extra = module, extra
+        super().__init__(f"{module} is not installed: pip install 'mien[{extra}]'")
+
+
+class SteeringNotApplied(MienError):
+    """The model ran, and the program did not act where it should. `layers` are the missing ones."""
+
+    exit_code = 7
+
+    def __init__(self, problem: str, layers: Iterable[int] = ()) -> None:
+        self.layers = tuple(layers)
+        super().__init__(problem)

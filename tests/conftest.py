@@ -1,0 +1,46 @@
+"""Fixtures for every test. No test reads or writes the user's own packs, or asks a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# OpenMP threads that spin for long starve each other where another process has the processors.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+@pytest.fixture(autouse=True)
+def _own_user_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIEN_DATA", str(tmp_path_factory.mktemp("data")))
+    monkeypatch.delenv("MIEN_PATH", raising=False)
+    monkeypatch.delenv("MIEN_MODEL", raising=False)
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The real model's file. Its absence is an error, not a skip: `make test` installs it."""
+    from mien.models import find_model
+
+    return find_model()
+
+
+@pytest.fixture
+def load(model_path: Path) -> Iterator[Callable[..., Any]]:
+    """Loads the real model with small batches, two threads and what the test asks for."""
+    from mien.runtimes.llama import load_llama
+
+    loaded = []
+
+    def load(**options: Any) -> Any:
+        settings = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 32, "n_threads": 2, **options}
+        loaded.append(load_llama(model_path, **settings))
+        return loaded[-1]
+
+    yield load
+    for llm in loaded:
+        llm.close()

@@ -1,0 +1,1 @@
+"""The packs that ship with mien, one folder a model."""
