@@ -1,0 +1,47 @@
+"""What runs the model: one module a runtime. A new one is a module that implements `Runtime`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RuntimeNotSupported
+
+if TYPE_CHECKING:
+    from ..registry import Registry
+    from ..steering import Steering
+
+
+def attach(
+    model: Any,
+    *,
+    path: str = "auto",
+    mix_cache: bool = False,
+    registry: Registry | None = None,
+) -> Steering:
+    """Prepare `model` to be steered; nothing changes until a recipe is set.
+
+    model: a llama_cpp.Llama (or mien's own NumPy model, `mien.runtimes.fake.NumpyModel`).
+    path: "auto", "in-graph" or "post-compute"; how llama.cpp's activations are reached.
+    mix_cache: let a prompt's KV cache computed under another recipe be reused (not by default).
+    registry: where names in recipes are looked up; by default the packs on the search path.
+
+    Raises RuntimeNotSupported if it is no such model, is closed or is attached already. On error the
+    model is as it was.
+    """
+    from ..steering import Steering
+
+    if path not in ("auto", "in-graph", "post-compute"):
+        raise ValueError(f"path: expected auto, in-graph or post-compute, got {path!r}")
+    # Told by the names of its classes, so that no runtime is imported for a model of another.
+    homes = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
+    if "llama_cpp.Llama" in homes:
+        from .llama import LlamaRuntime
+
+        return Steering(LlamaRuntime(model, path=path, mix_cache=mix_cache), registry)
+    if "mien.NumpyModel" in homes:
+        from .fake import NumpyRuntime
+
+        return Steering(NumpyRuntime(model), registry)
+    raise RuntimeNotSupported(
+        f"expected a llama_cpp.Llama, got {type(model).__module__}.{type(model).__qualname__}"
+    )
