@@ -1,0 +1,160 @@
+"""`mien list`, `mien info` and `mien doctor`: what there is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import json_option, print_json
+
+
+@click.command("list")
+@click.option("--model", metavar="TEXT", help="Only packs whose model's name holds TEXT.")
+@json_option
+def list_(model: str | None, as_json: bool) -> None:
+    """List the vectors of every pack on the search path."""
+    from ..registry import Registry
+
+    registry = Registry()
+    packs = [
+        pack
+        for pack in registry.packs()
+        if not model or model.lower() in f"{pack.name} {pack.fingerprint.name}".lower()
+    ]
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "pack": pack.name,
+                    "namespaced": f"{pack.namespace}.{name}",
+                    "version": pack.version,
+                    "kind": entry.kind,
+                    "positive": entry.positive,
+                    "negative": entry.negative,
+                    "model": pack.fingerprint.as_dict(),
+                    "file": str(pack.path / entry.file),
+                }
+                for pack in packs
+                for name, entry in pack.entries.items()
+            ]
+        )
+    else:
+        for pack in packs:
+            click.echo(f"{pack.name} {pack.version}, for {pack.fingerprint}")
+            click.echo(f"  {pack.path}")
+            for name, entry in pack.entries.items():
+                poles = f"{entry.positive} / {entry.negative}" if entry.negative else entry.positive
+                click.echo(f"  {name:16} {entry.kind:8} {poles}")
+        if not packs:
+            click.echo("no packs found; `mien doctor` shows where it looked", err=True)
+    for problem in registry.problems:
+        click.echo(f"left out {problem.path}: {problem.error}", err=True)
+
+
+@click.command()
+@click.argument("name")
+@json_option
+def info(name: str, as_json: bool) -> None:
+    """Show a vector: its metadata, layers, strength and dose curve. NAME may be a file."""
+    from ..registry import load
+
+    vector = load(name)
+    if as_json:
+        print_json(
+            {
+                "name": vector.name,
+                "layers": list(vector.layers),
+                "n_embd": vector.n_embd,
+                "norm": vector.norm(),
+                "digest": vector.digest,
+                "model": vector.fingerprint.as_dict() if vector.fingerprint else None,
+                "model_hint": vector.model_hint,
+                "meta": dict(vector.meta),
+            }
+        )
+        return
+    meta = dict(vector.meta)
+    click.echo(f"{vector.name}: {len(vector.layers)} layers, {vector.layers[0]} to {vector.layers[-1]}")
+    click.echo(f"  model     {vector.fingerprint or vector.model_hint or 'not said'}")
+    strength = meta.pop("strength", None)
+    curves: dict[str, Any] = {
+        key: meta.pop(f"calibration.{key}", None) for key in ("dose", "perplexity", "repetition")
+    }
+    for key, value in sorted(meta.items()):
+        if not isinstance(value, list):
+            click.echo(f"  {key:9} {value}")
+    if isinstance(strength, list):
+        click.echo("  strength  per layer, over the median norm of the stream: " + _span(strength))
+    if all(isinstance(curve, list) for curve in curves.values()):
+        click.echo("\n  dose   perplexity  repetition")
+        for dose, perplexity, repetition in zip(*curves.values()):
+            click.echo(f"  {dose:4.2f}   {perplexity:10.2f}  {repetition:10.2f}")
+
+
+def _span(values: list[Any]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check the installation: engine, runtime, model, packs, and how llama.cpp will be steered."""
+    facts = _facts()
+    if as_json:
+        print_json(facts)
+    else:
+        for section, found in facts.items():
+            click.echo(section)
+            for key, value in found.items():
+                click.echo(f"  {key:22} {value}")
+    if any(str(value).startswith("missing") for found in facts.values() for value in found.values()):
+        sys.exit(6)
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    import platform
+
+    from .. import __version__
+    from ..errors import MienError
+    from ..models import find_model
+    from ..registry import Registry, search_path
+
+    registry = Registry()
+    try:
+        model = str(find_model())
+    except MienError as error:
+        model = f"missing: {error}"
+    return {
+        "mien": {"version": __version__, "python": platform.python_version(), "machine": platform.machine()},
+        "engine": _engine(),
+        "llama.cpp": _llama(),
+        "model": {"default": model},
+        "packs": {
+            **{str(i + 1): str(path) for i, path in enumerate(search_path())},
+            "found": ", ".join(f"{pack.name} {pack.version}" for pack in registry.packs()) or "none",
+            **{f"left out {i + 1}": str(problem.error) for i, problem in enumerate(registry.problems)},
+        },
+    }
+
+
+def _engine() -> dict[str, Any]:
+    try:
+        from .._engine import __file__ as file
+    except ImportError as error:
+        return {"extension": f"missing: {error}; install mien again with a C compiler"}
+    return {"extension": Path(file).name}
+
+
+def _llama() -> dict[str, Any]:
+    try:
+        import llama_cpp
+    except ImportError:
+        return {"llama-cpp-python": "missing: pip install 'mien[llama]'"}
+    from ..runtimes.llama import probe_path
+
+    path, reason = probe_path()
+    return {"llama-cpp-python": llama_cpp.__version__, "path": path, "why": reason}

@@ -1,0 +1,238 @@
+"""`mien run` and `mien chat`: a steered model answers."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import MienError
+from .options import json_option, model_option, print_json, threads_option
+
+if TYPE_CHECKING:
+    from ..steering import Applied, Steering
+
+generation_options = [
+    click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="0 takes the most probable token, so the same command prints the same text.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(1), default=1, show_default=True, help="For temperatures above 0."
+    ),
+    click.option(
+        "--ctx", "n_ctx", type=click.IntRange(64), default=2048, show_default=True, help="Context, tokens."
+    ),
+    threads_option,
+]
+
+
+def with_generation_options(command: Any) -> Any:
+    for option in reversed(generation_options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--steer", "-s", default="", metavar="RECIPE", help='Such as "0.8*joy - 0.3*anger".')
+@click.option("--system", help="System prompt.")
+@click.option("--raw", is_flag=True, help="Plain completion: no chat template.")
+@click.option("--compare", is_flag=True, help="Show the plain and the steered answer side by side.")
+@model_option
+@with_generation_options
+@json_option
+def run(
+    prompt: str,
+    steer: str,
+    system: str | None,
+    raw: bool,
+    compare: bool,
+    model: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    n_ctx: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Answer PROMPT (- reads it from stdin), steered by a recipe.
+
+    \b
+    mien run "How was your day?" --steer joy
+    mien run "How was your day?" --steer "0.8*joy - 0.3*anger" --compare
+    """
+    if raw and system:
+        raise click.UsageError("--system belongs to a chat template; it can't go with --raw")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    from ..recipe import parse
+
+    parse(steer)  # a typing mistake shows before a model is loaded
+    llm, steering = load_attached(model, n_ctx, threads)
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    program = steering.compile(steer)
+    if compare:
+        steering.clear()
+        plain = "".join(answer(llm, prompt, system, raw, options))
+    steering.set(program)
+    pieces = answer(llm, prompt, system, raw, options)
+    if as_json or compare:
+        text = "".join(pieces)
+        if as_json:
+            result = {
+                "model": str(llm.model_path),
+                "prompt": prompt,
+                "recipe": str(steering.recipe),
+                **({"plain": plain} if compare else {}),
+                "text": text,
+                "applied": applied_json(steering.applied),
+            }
+            print_json(result)
+        else:
+            click.echo(side_by_side([("plain", plain), (steer or "plain", text)]))
+        return
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@click.command()
+@click.option("--steer", "-s", default="", metavar="RECIPE", help="The recipe to begin with.")
+@click.option("--system", help="System prompt.")
+@model_option
+@with_generation_options
+def chat(
+    steer: str,
+    system: str | None,
+    model: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    n_ctx: int,
+    threads: int | None,
+) -> None:
+    """Talk with a model whose temper changes as you go.
+
+    \b
+    /steer RECIPE   steer from the next reply on; alone: show what is set
+    /clear          stop steering
+    /applied        what the last token's evaluation really did
+    /reset          forget the conversation
+    /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
+    """
+    llm, steering = load_attached(model, n_ctx, threads)
+    steering.set(steer)
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # gives input() line editing
+
+        click.echo(f"{steering.model.name}. /steer RECIPE changes its temper, /quit leaves.", err=True)
+    while True:
+        try:
+            line = input(f"[{steering.recipe}] > " if steering.recipe.terms else "> ").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            continue
+        if line in ("/quit", "/exit"):
+            break
+        if line == "/reset":
+            messages = list(beginning)
+        elif line.startswith("/"):
+            _command(steering, line)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": _reply(llm, messages, options)})
+
+
+def _command(steering: Steering, line: str) -> None:
+    word, _, rest = line.partition(" ")
+    try:
+        if word == "/steer" and rest.strip():
+            steering.set(rest)
+        elif word == "/clear":
+            steering.clear()
+        elif word == "/applied":
+            click.echo(str(steering.applied), err=True)
+        elif word != "/steer":
+            click.echo("/steer RECIPE, /clear, /applied, /reset, /quit", err=True)
+            return
+        click.echo(f"steering: {str(steering.recipe) or 'nothing'}", err=True)
+    except MienError as error:  # a mistyped recipe does not end a conversation
+        click.echo(str(error), err=True)
+
+
+def _reply(llm: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    """Print a reply as it comes; Ctrl-C keeps what there is of it."""
+    text = ""
+    try:
+        for piece in stream_chat(llm, messages, options):
+            text += piece
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        click.echo(" [stopped]", err=True, nl=False)
+    except ValueError as error:  # llama-cpp-python's way to say that the context is full
+        click.echo(f"{error}. /reset begins again.", err=True, nl=False)
+    click.echo()
+    return text
+
+
+def load_attached(model: str | None, n_ctx: int = 2048, threads: int | None = None) -> tuple[Any, Steering]:
+    """The model and its handle."""
+    from ..models import find_model
+    from ..runtimes import attach
+
+    path = find_model(model)
+    from ..runtimes.llama import load_llama
+
+    llm = load_llama(path, n_ctx=n_ctx, n_threads=threads)
+    return llm, attach(llm)
+
+
+def answer(llm: Any, prompt: str, system: str | None, raw: bool, options: dict[str, Any]) -> Iterator[str]:
+    """The reply, piece by piece."""
+    if raw:
+        for chunk in llm.create_completion(prompt, stream=True, **options):
+            yield chunk["choices"][0]["text"]
+        return
+    messages = [{"role": "system", "content": system}] if system else []
+    yield from stream_chat(llm, [*messages, {"role": "user", "content": prompt}], options)
+
+
+def stream_chat(llm: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
+    for chunk in llm.create_chat_completion(messages, stream=True, **options):
+        yield chunk["choices"][0]["delta"].get("content") or ""
+
+
+def applied_json(applied: Applied) -> list[dict[str, Any]]:
+    return [
+        {"layer": layer, "rows": done.rows, "shift": done.shift, "path": done.path}
+        for layer, done in applied.layers.items()
+    ]
+
+
+def side_by_side(columns: list[tuple[str, str]], width: int | None = None) -> str:
+    """Texts in columns, each under its title."""
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    room = max((width - 3 * (len(columns) - 1)) // len(columns), 20)
+    wrapped = []
+    for title, text in columns:
+        body = [line for part in text.strip().split("\n") for line in textwrap.wrap(part, room) or [""]]
+        wrapped.append([textwrap.shorten(title, room), "-" * room, *body])
+    height = max(map(len, wrapped))
+    rows = ([column[i] if i < len(column) else "" for column in wrapped] for i in range(height))
+    return "\n".join(" | ".join(f"{cell:{room}}" for cell in row).rstrip() for row in rows)

