@@ -39,6 +39,7 @@ enum { GGML_TYPE_F32 = 0, GGML_N_TASKS_MAX = -1 };
     WANTED(ggml_tensor *, ggml_map_custom2,                                                              \
            (ggml_context *, ggml_tensor *, ggml_tensor *, custom_function, int, void *))                 \
     WANTED(const char *, ggml_op_name, (int))                                                            \
+    WANTED(const char *, ggml_op_desc, (const ggml_tensor *))                                            \
     WANTED(bool, ggml_are_same_shape, (const ggml_tensor *, const ggml_tensor *))                        \
     WANTED(ggml_buffer_type *, ggml_backend_cpu_buffer_type, (void))                                     \
     WANTED(ggml_buffer *, ggml_backend_alloc_ctx_tensors_from_buft, (ggml_context *, ggml_buffer_type *)) \
@@ -354,8 +355,13 @@ static bool find_pointer(const ggml_tensor *t, size_t size, const void *value, s
     return false;
 }
 
-static bool op_is(const ggml_functions *ggml, int32_t op, const char *name) {
-    return op > 0 && op < 512 && !strcmp(ggml->ggml_op_name(op), name);
+/* The number of t's operation if it is called `name`, else -1. ggml_op_name does not check its argument,
+ * so the count goes up and ends at the operation that t is known to have. */
+static int32_t op_number(const ggml_functions *ggml, const ggml_tensor *t, const char *name) {
+    if (strcmp(ggml->ggml_op_desc(t), name)) return -1;
+    int32_t op = 1;
+    while (strcmp(ggml->ggml_op_name(op), name)) op++;
+    return op;
 }
 
 /* Makes tensors through the public API and looks for their known values. NULL when everything was
@@ -386,8 +392,9 @@ static const char *find_layout(mien_hook *hook, ggml_context *context) {
             return "a custom operation's parameters are not where they should be";
         layout->op = op;
         layout->image_size = image_size;
-        layout->op_add = int_at(sum, op);
-        if (!op_is(ggml, int_at(custom, op), "MAP_CUSTOM2") || !op_is(ggml, layout->op_add, "ADD"))
+        layout->op_add = op_number(ggml, sum, "ADD");
+        if (layout->op_add < 0 || int_at(sum, op) != layout->op_add ||
+            int_at(custom, op) != op_number(ggml, custom, "MAP_CUSTOM2"))
             return "the operation's number does not verify";
         memcpy(slot->custom, (char *)custom + op, image_size);
     }
@@ -459,21 +466,25 @@ mien_path mien_hook_path(const mien_hook *hook) { return hook->path; }
 
 const char *mien_hook_reason(const mien_hook *hook) { return hook->reason; }
 
-void mien_hook_swap(mien_hook *hook, mien_program *program) {
+mien_status mien_hook_swap(mien_hook *hook, mien_program *program) {
+    if (!mien_program_fits(program, hook->n_layer, hook->n_embd)) return MIEN_ERR_SHAPE;
     mien_program_retain(program);
     lock(hook);
     mien_program *old = hook->next;
     hook->next = program;
     unlock(hook);
     mien_program_release(old);
+    return MIEN_OK;
 }
 
 /* ---- a decode ----------------------------------------------------------------------------------- */
 
-void mien_hook_begin(mien_hook *hook, mien_program *program) {
+mien_status mien_hook_begin(mien_hook *hook, mien_program *program) {
+    if (!mien_program_fits(program, hook->n_layer, hook->n_embd)) return MIEN_ERR_SHAPE;
     forget_graphs(hook);
     pin(hook, mien_program_retain(program));
     hook->in_scope = true;
+    return MIEN_OK;
 }
 
 mien_status mien_hook_end(mien_hook *hook) {

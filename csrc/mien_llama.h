@@ -47,13 +47,14 @@ const char *mien_hook_reason(const mien_hook *hook);
 /* The callback for llama_context_params.cb_eval; user_data is the hook. */
 bool mien_hook_eval(void *tensor, bool ask, void *user_data);
 
-/* The program for evaluations that begin from now on; NULL is none. The hook retains it. */
-void mien_hook_swap(mien_hook *hook, mien_program *program);
+/* The program for evaluations that begin from now on; NULL is none. The hook retains it.
+ * MIEN_ERR_SHAPE, and nothing changes, where it was compiled for another n_layer or n_embd. */
+mien_status mien_hook_swap(mien_hook *hook, mien_program *program);
 
-/* Around one llama_decode. begin pins `program` for all of its micro-batches; end unpins it and says
- * whether everything asked for was done. An evaluation outside of begin..end pins what was swapped in
+/* Around one llama_decode. begin pins `program` for all of its micro-batches, with the same status as
+ * swap; end unpins it and says whether everything asked for was done. An evaluation outside of begin..end pins what was swapped in
  * last, a graph at a time. */
-void mien_hook_begin(mien_hook *hook, mien_program *program);
+mien_status mien_hook_begin(mien_hook *hook, mien_program *program);
 mien_status mien_hook_end(mien_hook *hook);
 
 /* For the next begin..end: copy block outputs, as they are after steering.

@@ -154,6 +154,10 @@ int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t
     return count;
 }
 
+bool mien_program_fits(const mien_program *program, int32_t n_layer, int32_t n_embd) {
+    return !program || (program->n_layer == n_layer && program->n_embd == n_embd);
+}
+
 bool mien_program_acts(const mien_program *program, mien_site site, int32_t layer) {
     return find(program, site, layer) != NULL;
 }

@@ -14,7 +14,7 @@
 typedef enum {
     MIEN_OK = 0,
     MIEN_ERR_MEMORY = 1,      /* an allocation failed, or a size does not fit in size_t */
-    MIEN_ERR_SHAPE = 2,       /* n_layer or n_embd is not positive */
+    MIEN_ERR_SHAPE = 2,       /* n_layer or n_embd is not positive, or of another model */
     MIEN_ERR_LAYER = 3,       /* a layer that the model does not have, or the same one twice in a term */
     MIEN_ERR_SITE = 4,        /* an unknown site */
     MIEN_ERR_OP = 5,          /* an unknown operation */
@@ -61,6 +61,9 @@ int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t
  * over the rows of the squared length that each moved by; 0 where the program has nothing there. */
 double mien_program_apply(const mien_program *program, mien_site site, int32_t layer,
                           float *rows, size_t n_rows);
+
+/* Whether it was compiled for that shape of model. NULL fits any. */
+bool mien_program_fits(const mien_program *program, int32_t n_layer, int32_t n_embd);
 
 /* Whether the program does anything at (site, layer). */
 bool mien_program_acts(const mien_program *program, mien_site site, int32_t layer);

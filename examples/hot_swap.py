@@ -7,7 +7,7 @@ import mien
 from mien.models import find_model
 from mien.runtimes.llama import load_llama
 
-# In words of the reply so far: from calm to joy, and back.
+# One for every 16 tokens: from calm to joy, and back.
 DOSES = ["calm", "calm", "0.5*calm + 0.5*joy", "joy", "0.5*calm + 0.5*joy", "calm"]
 
 

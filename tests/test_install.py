@@ -420,7 +420,7 @@ def test_remove_of_a_symlink_leaves_what_it_points_to(folder: Path, home: Path) 
 
 @pytest.mark.parametrize("name", ["tine", "../tiny", ".", "..", "", "tiny/../tiny"])
 def test_remove_knows_only_installed_packs(folder: Path, home: Path, name: str) -> None:
-    with pytest.raises(NameNotFound, match=r"no pack named .* No pack is installed\. Only packs in "):
+    with pytest.raises(NameNotFound, match=r"no pack named .* No pack is known\. Only packs in "):
         remove(name)
     install(folder)
     before = contents(home)

@@ -154,8 +154,8 @@ def test_repetition_counts_repeated_trigrams(text: str, expected: float) -> None
 
 def test_both_measures_have_a_say() -> None:
     plain = Dose(0.0, 5.0, 0.02)
-    assert within_budget(Dose(1.0, 7.9, 0.11), plain)
-    assert not within_budget(Dose(1.0, 8.1, 0.02), plain)
+    assert within_budget(Dose(1.0, 12.4, 0.11), plain)
+    assert not within_budget(Dose(1.0, 12.6, 0.02), plain)
     assert not within_budget(Dose(1.0, 2.0, 0.13), plain)  # repetitive text has a low perplexity
 
 
@@ -170,7 +170,7 @@ def some_vector() -> Vector:
 
 
 def test_the_dose_is_the_largest_before_a_budget_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    curve = {0.0: (5.0, 0.0), 0.2: (5.0, 0.0), 0.4: (6.0, 0.05), 0.6: (9.0, 0.0), 0.8: (5.0, 0.0)}
+    curve = {0.0: (5.0, 0.0), 0.2: (5.0, 0.0), 0.4: (6.0, 0.05), 0.6: (13.0, 0.0), 0.8: (5.0, 0.0)}
     monkeypatch.setattr(calibration, "_measure", fake_measure(curve))
     found = calibrate(None, None, some_vector(), [], coefficients=[0.2, 0.4, 0.6, 0.8])  # type: ignore[arg-type]
     assert found.chosen == 0.4

@@ -18,8 +18,10 @@ from .runtimes.llama import chat_tokens, greedy_reply, log_probabilities
 from .steering import Steering
 from .vector import MetaValue, Vector
 
-COEFFICIENTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4)
-PERPLEXITY_BUDGET = 1.6  # times the plain replies' perplexity
+COEFFICIENTS = tuple(k / 20 for k in range(4, 25))  # 0.2, 0.25, ... 1.2
+# Greedy replies are the model's own most probable ones, so that any other manner costs perplexity: a
+# budget much below this one leaves joy hardly visible. Repetition is what gives out first.
+PERPLEXITY_BUDGET = 2.5  # times the plain replies' perplexity
 REPETITION_BUDGET = 0.10  # on top of the plain replies' share
 REPLY_TOKENS = 48
 

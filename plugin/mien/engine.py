@@ -25,7 +25,7 @@ PATH_NAMES = {number: name for name, number in PATHS.items()}
 # The bare ValueErrors can only come from a bug in mien: everything above checks first.
 _ERRORS: dict[int, Exception] = {
     lib.MIEN_ERR_MEMORY: MemoryError("mien's engine could not allocate"),
-    lib.MIEN_ERR_SHAPE: ValueError("n_layer and n_embd must be positive"),
+    lib.MIEN_ERR_SHAPE: ValueError("n_layer and n_embd must be positive, and a program's those of its hook"),
     lib.MIEN_ERR_LAYER: ValueError("a layer that the model does not have, or layers that do not ascend"),
     lib.MIEN_ERR_SITE: ValueError("an unknown site"),
     lib.MIEN_ERR_OP: ValueError("an unknown operation"),
@@ -149,11 +149,11 @@ class Hook:
 
     def swap(self, program: CompiledProgram | None) -> None:
         """The program for evaluations that begin from now on. Any thread, any time."""
-        lib.mien_hook_swap(self._hook, program.handle if program else ffi.NULL)
+        check(lib.mien_hook_swap(self._hook, program.handle if program else ffi.NULL))
 
     def begin(self, program: CompiledProgram | None) -> None:
         """Before a decode: `program` acts on all of it."""
-        lib.mien_hook_begin(self._hook, program.handle if program else ffi.NULL)
+        check(lib.mien_hook_begin(self._hook, program.handle if program else ffi.NULL))
 
     def end(self) -> int:
         """After a decode: the status, for `check`."""

@@ -104,14 +104,21 @@ def load(path: str | Path) -> Vector:
 
 
 def write(vector: Vector, path: str | Path) -> None:
-    """Write `vector` to `path`: the same vector gives the same bytes."""
+    """Write `vector` to `path`: the same vector gives the same bytes.
+
+    Raises VectorError where the model's architecture is not known, VectorFileError where the file can't
+    be written. On error a file already there is as it was.
+    """
     import gguf
 
     if not vector.model_hint:
         raise VectorError(f"{vector.name}: the model's architecture is not known, and the format needs it")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise VectorFileError(path, f"can't be written ({error.strerror})") from error
     os.close(handle)
     try:
         with closing(gguf.GGUFWriter(temporary, "controlvector")) as writer:
@@ -126,8 +133,10 @@ def write(vector: Vector, path: str | Path) -> None:
             writer.write_tensors_to_file()
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise VectorFileError(path, f"can't be written ({error.strerror})") from error
         raise
 
 

@@ -1,0 +1,51 @@
+"""The examples and the README's Python run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(*arguments: str) -> str:
+    found = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ, cwd=ROOT, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.mark.model
+def test_three_tempers_differ() -> None:
+    text = run_python("examples/three_tempers.py")
+    answers = dict(re.findall(r"^ *(plain|joy|fear)  (.+)$", text, re.MULTILINE))
+    assert len(set(answers.values())) == 3
+    assert answers["plain"] in (ROOT / "README.md").read_text(), "the README shows another output"
+
+
+@pytest.mark.model
+def test_hot_swap_shows_every_dose() -> None:
+    text = run_python("examples/hot_swap.py")
+    assert text.count("[calm]") == 2
+    assert "[joy]" in text
+
+
+def test_arithmetic_prints_cosines() -> None:
+    rows = [line.split() for line in run_python("examples/arithmetic.py").splitlines()[1:6]]
+    for i, row in enumerate(rows):
+        assert float(row[i + 1]) == 1.0
+
+
+@pytest.mark.model
+def test_the_python_of_the_readme_runs(model_path: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    code = "\n".join(blocks).replace("SmolLM2-135M-Instruct.Q4_1.gguf", str(model_path))
+    (tmp_path / "readme.py").write_text(code)
+    run_python(str(tmp_path / "readme.py"))

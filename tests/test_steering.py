@@ -1,0 +1,468 @@
+"""What holds for every runtime, and the surface of the package.
+
+A new runtime joins with one function in RUNTIMES.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import mien
+import numpy as np
+import pytest
+from makers import DictRegistry, make_vector, same_bits
+from mien.errors import MienError, ModelMismatch, NameNotFound, RecipeError, RuntimeNotSupported, VectorError
+from mien.program import NOTHING
+from mien.recipe import Recipe, Term, parse
+from mien.runtimes.fake import NumpyModel, NumpyRuntime
+from mien.steering import Applied, Steering
+from mien.vector import Floats, Vector
+
+TOKENS = [3, 14, 15, 9, 26, 5]
+
+
+class Bench:
+    """A model, its steering once attached, and three vectors that fit it (`alien` does not).
+
+    logits: evaluates TOKENS from an empty context. size: of the vectors' floats.
+    """
+
+    def __init__(self, model: Any, logits: Callable[[Any], Floats], size: float, path: str = "auto") -> None:
+        self.model, self._logits, self._path = model, logits, path
+        with mien.attach(model) as steering:
+            self.fingerprint = steering.model
+        n_layer = self.fingerprint.n_layer
+        shapes = {"joy": range(1, n_layer), "fear": range(1, n_layer), "one": [2]}
+        found = [
+            make_vector(name, list(layers), seed, self.fingerprint) * size
+            for seed, (name, layers) in enumerate(shapes.items())
+        ]
+        self.joy, self.fear, self.one = (replace(v, name=name) for v, name in zip(found, shapes))
+        self.alien = make_vector("alien")
+        self.registry = DictRegistry(self.joy, self.fear, self.one, self.alien)
+        self.plain = self.logits()
+
+    def attach(self) -> Steering:
+        return mien.attach(self.model, path=self._path, registry=self.registry)  # type: ignore[arg-type]
+
+    def logits(self) -> Floats:
+        return self._logits(self.model)
+
+    def is_plain(self) -> bool:
+        return same_bits(self.logits(), self.plain)
+
+
+def numpy_bench(request: pytest.FixtureRequest, seed: int) -> Bench:
+    return Bench(NumpyModel(seed=seed), lambda model: model.forward(TOKENS), size=0.5)
+
+
+def llama_bench(path: str) -> Callable[[pytest.FixtureRequest, int], Bench]:
+    def make(request: pytest.FixtureRequest, seed: int) -> Bench:
+        from mien.runtimes.llama import load_llama
+
+        def logits(llm: Any) -> Floats:
+            llm.reset()
+            llm.eval(TOKENS)
+            return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
+
+        llm = load_llama(request.getfixturevalue("model_path"), n_ctx=64, n_threads=1)
+        bench = Bench(llm, logits, 0.05, path)
+        request.addfinalizer(lambda: bench.model is None or bench.model.close())
+        del llm
+        return bench
+
+    return make
+
+
+RUNTIMES = [
+    pytest.param(numpy_bench, id="numpy"),
+    pytest.param(llama_bench("in-graph"), id="llama-in-graph", marks=pytest.mark.model),
+    pytest.param(llama_bench("post-compute"), id="llama-post-compute", marks=pytest.mark.model),
+]
+
+
+@pytest.fixture(params=RUNTIMES)
+def new_bench(request: pytest.FixtureRequest) -> Callable[..., Bench]:
+    return lambda seed=0: request.param(request, seed)
+
+
+@pytest.fixture
+def bench(new_bench: Callable[..., Bench]) -> Bench:
+    return new_bench()
+
+
+@pytest.fixture
+def attached(bench: Bench) -> Iterator[tuple[Bench, Steering]]:
+    """The bench and the steering of its model."""
+    with bench.attach() as steering:
+        yield bench, steering
+
+
+Attached = tuple[Bench, Steering]
+
+
+# Bit-identical to a model never touched.
+
+
+def test_attached_cleared_and_detached_are_bit_identical_to_never_attached(attached: Attached) -> None:
+    bench, steering = attached
+    assert bench.is_plain()
+    steering.set("joy - 0.5*fear")
+    assert not bench.is_plain()
+    steering.clear()
+    assert bench.is_plain()
+    assert steering.recipe == Recipe()
+    steering.set("joy")
+    steering.detach()
+    assert bench.is_plain()
+
+
+@pytest.mark.parametrize("nothing", [None, "", "joy - joy", "0*joy", {}, {"joy": 0}, NOTHING])
+def test_a_recipe_that_says_nothing_does_nothing(attached: Attached, nothing: Any) -> None:
+    bench, steering = attached
+    steering.set("joy")
+    steering.set(nothing)
+    assert bench.is_plain()
+    assert not steering.applied.layers
+    assert str(steering.applied) == "nothing was steered"
+
+
+def test_the_same_recipe_gives_the_same_bits_however_it_is_written(attached: Attached) -> None:
+    bench, steering = attached
+    steering.set("0.5*joy - 0.25*fear")
+    expected = bench.logits()
+    for same in ("-fear/4 + joy/2", {"fear": -0.25, "joy": 0.5}, "joy - (fear + 2*joy)/4"):
+        steering.set(same)
+        assert same_bits(bench.logits(), expected)
+
+
+def test_equal_programs_have_equal_keys(attached: Attached) -> None:
+    bench, steering = attached
+    bench.registry.vectors["happy"] = replace(bench.joy, name="happy")
+    key = steering.compile("2*joy - fear").key
+    assert key == steering.compile("-fear + joy + happy").key
+    assert dict(key) == {bench.joy.digest: 2.0, bench.fear.digest: -1.0}
+    assert steering.compile("joy - happy").key == NOTHING.key
+    assert key not in (steering.compile("2*joy").key, steering.compile("joy - fear").key)
+    steering.set("joy + happy - 2*joy")
+    assert bench.is_plain()
+
+
+# What a vector does.
+
+
+def test_nothing_before_the_layer_and_exactly_the_vector_at_it(attached: Attached) -> None:
+    bench, steering = attached
+    plain = steering.capture(TOKENS, last=len(TOKENS))
+    steering.set("one")
+    steered = steering.capture(TOKENS, last=len(TOKENS))
+    assert steered.shape == (bench.fingerprint.n_layer, len(TOKENS), bench.fingerprint.n_embd)
+    assert same_bits(steered[:2], plain[:2])
+    assert same_bits(steered[2], plain[2] + bench.one.directions[2])
+    for layer in range(3, bench.fingerprint.n_layer):
+        assert not same_bits(steered[layer], plain[layer])
+
+
+def test_capture_takes_the_last_tokens_of_the_layers_asked_for(attached: Attached) -> None:
+    _, steering = attached
+    steering.set("joy")
+    everything = steering.capture(TOKENS, last=len(TOKENS))
+    assert same_bits(steering.capture(TOKENS, [2, 0], 3), everything[[2, 0], -3:])
+    assert same_bits(steering.capture(TOKENS, [1]), everything[[1], -1:])
+
+
+def test_what_is_said_to_be_applied_is_what_a_capture_sees(attached: Attached) -> None:
+    bench, steering = attached
+    plain = steering.capture(TOKENS, [2], len(TOKENS))
+    steering.set("-0.5*one")
+    steered = steering.capture(TOKENS, [2], len(TOKENS))
+    moved = np.linalg.norm((steered - plain)[0].astype(np.float64), axis=1)
+    applied = steering.applied
+    assert applied.recipe == parse("-0.5*one")
+    assert list(applied.layers) == [2]
+    assert applied.layers[2].rows == len(TOKENS)
+    assert applied.layers[2].shift == pytest.approx(float(np.sqrt((moved**2).mean())), rel=1e-9)
+    assert applied.layers[2].path == steering.describe()["path"]
+    steering.set("joy")
+    bench.logits()
+    assert list(steering.applied.layers) == list(bench.joy.layers)
+
+
+def test_applied_reads_as_a_table() -> None:
+    assert str(Applied(Recipe(), {})) == "nothing was steered"
+    with mien.attach(NumpyModel()) as steering:
+        steering.set(Vector("joy", (1,), np.full((1, 8), 2, dtype=np.float32)))
+        steering.capture(TOKENS)
+        assert str(steering.applied) == "joy at 1 layers\n    1      6 rows  shift 5.657  numpy"
+
+
+def test_two_models_do_not_see_each_other(new_bench: Callable[..., Bench]) -> None:
+    one, two = new_bench(0), new_bench(1)
+    with one.attach() as a, two.attach() as b:
+        a.set("joy")
+        alone = one.logits()
+        assert two.is_plain()
+        b.set("fear")
+        assert same_bits(one.logits(), alone)
+        a.detach()
+        assert one.is_plain()
+        assert not two.is_plain()
+
+
+# Setting.
+
+
+def test_every_form_of_a_recipe_is_taken(attached: Attached) -> None:
+    bench, steering = attached
+    steering.set("joy")
+    expected = bench.logits()
+    program = steering.compile("joy")
+    assert steering.recipe == parse("joy")
+    for form in (bench.joy, {"joy": 1}, parse("joy"), program):
+        steering.clear()
+        steering.set(form)
+        assert same_bits(bench.logits(), expected)
+        assert str(steering.recipe) == "joy"
+
+
+def test_compiling_sets_nothing(attached: Attached) -> None:
+    bench, steering = attached
+    program = steering.compile("2*joy - fear")
+    assert program.layers == bench.joy.layers
+    assert bench.is_plain()
+    assert steering.recipe == Recipe()
+
+
+def test_a_name_is_looked_up_once_and_for_this_model(attached: Attached) -> None:
+    bench, steering = attached
+    steering.set("joy")
+    steering.set("fear + 2*joy")
+    assert bench.registry.asked == [("joy", bench.fingerprint), ("fear", bench.fingerprint)]
+
+
+def huge(bench: Bench) -> Vector:
+    return Vector(
+        "huge", (1,), np.full((1, bench.fingerprint.n_embd), 3e38, dtype=np.float32), bench.fingerprint
+    )
+
+
+def foreign_program(_: Bench) -> Any:
+    with mien.attach(NumpyModel(n_layer=3, n_embd=16)) as other:
+        return other.compile(Vector("wide", (1,), np.ones((1, 16), dtype=np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda _: "joy +", RecipeError, r"^recipe: can't be read"),
+        (lambda _: "joyy", NameNotFound, r"^no vector named 'joyy'. Did you mean joy"),
+        (lambda _: "joy + alien", ModelMismatch, r"^alien does not fit .*made for layers 6, the model has"),
+        (lambda bench: bench.alien, ModelMismatch, r"^alien does not fit .*made for n_embd 5, the model has"),
+        (foreign_program, ModelMismatch, r"^wide does not fit .*it has 16 values a layer, the model \d+"),
+        (lambda bench: Recipe((Term(1.5, huge(bench)),)), VectorError, "add up to NaN or infinity"),
+        (lambda _: {"joy": float("nan")}, RecipeError, "expected a finite number, got nan"),
+        (lambda _: 0.5, RecipeError, "expected text, a Vector or"),
+    ],
+)
+def test_what_is_refused_leaves_the_steering_as_it_was(
+    attached: Attached, wrong: Callable[[Bench], Any], error: type[MienError], message: str
+) -> None:
+    bench, steering = attached
+    steering.set("0.5*joy")
+    before = bench.logits()
+    with pytest.raises(error, match=message):
+        steering.set(wrong(bench))
+    assert steering.recipe == parse("0.5*joy")
+    assert same_bits(bench.logits(), before)
+    with pytest.raises(error, match=message), steering(wrong(bench)):
+        pytest.fail("the block must not be entered")
+    assert same_bits(bench.logits(), before)
+
+
+def test_a_swap_that_fails_leaves_the_recipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeNotSupported("this model is closed")
+
+    with mien.attach(NumpyModel()) as steering:
+        monkeypatch.setattr(NumpyRuntime, "swap", fail)
+        with pytest.raises(RuntimeNotSupported, match="closed"):
+            steering.set(Vector("joy", (1,), np.ones((1, 8), dtype=np.float32)))
+        assert steering.recipe == Recipe()
+
+
+# Scopes.
+
+
+def test_a_scope_gives_back_what_was_set_before(attached: Attached) -> None:
+    bench, steering = attached
+    steering.set("joy")
+    joy = bench.logits()
+    with steering("fear") as inner:
+        assert inner is steering
+        fear = bench.logits()
+        with steering(None):
+            assert bench.is_plain()
+        with steering("one"):
+            steering.set("joy - one")
+        assert same_bits(bench.logits(), fear)
+    assert str(steering.recipe) == "joy"
+    assert same_bits(bench.logits(), joy)
+    assert not same_bits(joy, fear)
+
+
+def test_a_scope_ends_with_an_exception_too(attached: Attached) -> None:
+    bench, steering = attached
+    with pytest.raises(ZeroDivisionError), steering("joy"), steering("fear"):
+        raise ZeroDivisionError
+    assert steering.recipe == Recipe()
+    assert bench.is_plain()
+
+
+def test_detaching_inside_a_scope_is_final(attached: Attached) -> None:
+    bench, steering = attached
+    with steering("joy"):
+        steering.detach()
+    assert bench.is_plain()
+    assert repr(steering) == "<Steering: detached>"
+
+
+# Attaching and detaching.
+
+
+def test_detaching_twice_does_nothing_more(attached: Attached) -> None:
+    bench, steering = attached
+    steering.detach()
+    with bench.attach() as second:
+        second.set("joy")
+        steered = bench.logits()
+        steering.detach()
+        assert same_bits(bench.logits(), steered)
+    assert bench.is_plain()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda steering: steering.set("joy"),
+        lambda steering: steering.set(NOTHING),
+        lambda steering: steering.clear(),
+        lambda steering: steering.compile("joy"),
+        lambda steering: steering("joy").__enter__(),
+        lambda steering: steering.capture(TOKENS),
+        lambda steering: steering.applied,
+        lambda steering: steering.model,
+        lambda steering: steering.describe(),
+    ],
+)
+def test_a_detached_steering_says_so(use: Callable[[Steering], Any]) -> None:
+    steering = mien.attach(NumpyModel())
+    steering.set(Vector("joy", (1,), np.ones((1, 8), dtype=np.float32)))
+    steering.detach()
+    with pytest.raises(RuntimeNotSupported) as caught:
+        use(steering)
+    assert str(caught.value) == "this steering is detached; call mien.attach(model) again"
+    assert steering.recipe == Recipe()
+
+
+def test_attaching_twice_is_refused_and_changes_nothing(attached: Attached) -> None:
+    bench, steering = attached
+    steering.set("joy")
+    steered = bench.logits()
+    with pytest.raises(RuntimeNotSupported, match="attached already"):
+        bench.attach()
+    assert same_bits(bench.logits(), steered)
+    steering.clear()
+    assert bench.is_plain()
+
+
+def test_a_model_can_be_attached_again(bench: Bench) -> None:
+    for _ in range(2):
+        with bench.attach() as steering:
+            assert bench.is_plain()
+            steering.set("joy")
+            assert not bench.is_plain()
+        assert bench.is_plain()
+
+
+def test_a_detached_steering_does_not_keep_the_model(attached: Attached) -> None:
+    bench, steering = attached
+    steering.set("joy")
+    bench.logits()
+    model = weakref.ref(bench.model)
+    steering.detach()
+    bench.model = None
+    gc.collect()
+    assert model() is None
+
+
+def test_a_steering_says_what_it_steers(attached: Attached) -> None:
+    bench, steering = attached
+    assert steering.model == bench.fingerprint
+    assert repr(steering) == f"<Steering of {bench.fingerprint}: nothing set>"
+    steering.set("2*joy")
+    assert repr(steering) == f"<Steering of {bench.fingerprint}: 2.0*joy>"
+    assert {"runtime", "path"} <= steering.describe().keys()
+
+
+@pytest.mark.parametrize(
+    ("layers", "last", "message"),
+    [
+        (None, 0, f"last: expected 1 to {len(TOKENS)}, got 0"),
+        (None, len(TOKENS) + 1, f"last: expected 1 to {len(TOKENS)}, got {len(TOKENS) + 1}"),
+        ([0, -1], 1, "layers: the model has 0 to 3, got [-1]"),
+        ([4, 1, 9], 1, "layers: the model has 0 to 3, got [4, 9]"),
+    ],
+)
+def test_a_capture_of_what_there_is_not_is_refused(layers: list[int] | None, last: int, message: str) -> None:
+    with mien.attach(NumpyModel()) as steering, pytest.raises(ValueError) as caught:
+        steering.capture(TOKENS, layers, last)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("model", [None, object(), "model.gguf", NumpyModel])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(RuntimeNotSupported, match=r"^expected a llama_cpp.Llama, got builtins\.\w+$"):
+        mien.attach(model)
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^path: expected auto, in-graph or post-compute, got 'fast'$"):
+        mien.attach(NumpyModel(), path="fast")
+
+
+# The surface of the package.
+
+
+def test_all_is_the_surface() -> None:
+    assert len(mien.__all__) == len(set(mien.__all__))
+    for name in mien.__all__:
+        assert getattr(mien, name) is not None
+    assert dir(mien) == sorted(mien.__all__)
+    with pytest.raises(AttributeError, match="module 'mien' has no attribute 'nothing_like_it'"):
+        _ = mien.nothing_like_it
+
+
+def test_every_error_for_a_user_is_public() -> None:
+    from mien import errors
+
+    kinds = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, MienError)
+    }
+    assert kinds <= set(mien.__all__)
+
+
+def test_importing_mien_loads_nothing_heavy() -> None:
+    code = "import sys, mien; print(sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in ast.literal_eval(result.stdout)}
+    assert "mien" in loaded
+    assert not loaded & {"torch", "llama_cpp", "numpy", "gguf", "click", "cffi", "_cffi_backend"}
