@@ -5,7 +5,7 @@ python examples/hot_swap.py
 
 import mien
 from mien.models import find_model
-from mien.runtimes.llama import load_llama
+from mien.runtimes.llama_text import load_llama
 
 # One for every 16 tokens: from calm to joy, and back.
 DOSES = ["calm", "calm", "0.5*calm + 0.5*joy", "joy", "0.5*calm + 0.5*joy", "calm"]

@@ -8,7 +8,7 @@ import textwrap
 
 import mien
 from mien.models import find_model
-from mien.runtimes.llama import load_llama
+from mien.runtimes.llama_text import load_llama
 
 QUESTION = "Tell me about your day."
 

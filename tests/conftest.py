@@ -32,7 +32,7 @@ def model_path() -> Path:
 @pytest.fixture
 def load(model_path: Path) -> Iterator[Callable[..., Any]]:
     """Loads the real model with small batches, two threads and what the test asks for."""
-    from mien.runtimes.llama import load_llama
+    from mien.runtimes.llama_text import load_llama
 
     loaded = []
 

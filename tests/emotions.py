@@ -46,7 +46,7 @@ def measure(llm: Any, steering: Any, questions: Sequence[str], recipe: str) -> O
     """Greedy replies under `recipe`, judged. perplexity is that under the plain model."""
     import math
 
-    from mien.runtimes.llama import chat_tokens, greedy_reply, log_probabilities
+    from mien.runtimes.llama_text import chat_tokens, greedy_reply, log_probabilities
 
     replies, total, count = [], 0.0, 0
     for question in questions:
@@ -89,7 +89,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
 def main() -> None:
     import mien
     from mien.models import find_model
-    from mien.runtimes.llama import load_llama
+    from mien.runtimes.llama_text import load_llama
 
     llm = load_llama(find_model(), n_ctx=512, n_threads=os.cpu_count())
     steering = mien.attach(llm)

@@ -11,7 +11,7 @@ from emotions import EMOTIONS, PLAIN, Outcome, measure, prompts
 from mien.contrast import read_lines
 from mien.pack import Pack
 from mien.registry import shipped_packs
-from mien.runtimes.llama import load_llama
+from mien.runtimes.llama_text import load_llama
 
 pytestmark = pytest.mark.model
 

@@ -9,8 +9,10 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import llama_cpp.llama_cpp as api
 import mien
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from mien.fingerprint import Fingerprint
+from mien.registry import shipped_packs
 from mien.runtimes.llama import LlamaRuntime, fingerprint_of
 from mien.steering import Steering
 from mien.vector import Vector
@@ -149,6 +152,32 @@ def test_it_works_beside_a_control_vector_set_through_llama_cpp(load: Callable[.
     assert same(prefill_and_decode(llm), prefill_and_decode(both))
 
 
+def read_as_llama_cpp_does(path: Path) -> np.ndarray:
+    """The buffer that llama.cpp's loader fills: layer 1 first, and the whole file refused for what is not
+    direction.N with N from 1, F32 and one-dimensional."""
+    rows = np.zeros((N_LAYER - 1, N_EMBD), dtype=np.float32)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    for tensor in reader.tensors:
+        prefix, _, number = tensor.name.rpartition(".")
+        assert prefix == "direction"
+        assert int(number) >= 1
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        assert list(tensor.shape) == [N_EMBD]
+        rows[int(number) - 1] = tensor.data
+    return rows
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_shipped_file_means_the_same_to_llama_cpps_own_loader(load: Callable[..., Any], path: str) -> None:
+    own, llm = load(), load()
+    rows = read_as_llama_cpp_does(shipped_packs() / "smollm2-135m-instruct" / "joy.gguf")
+    data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    assert api.llama_set_adapter_cvec(own._ctx.ctx, data, rows.size, N_EMBD, 1, N_LAYER - 1) == 0
+    mien.attach(llm, path=path).set("joy")
+    assert same(prefill_and_decode(llm), prefill_and_decode(own))
+
+
 # ---- nothing left behind ----
 
 
@@ -245,9 +274,9 @@ def test_detach_keeps_an_unsteered_context(load: Callable[..., Any]) -> None:
 
 
 def test_a_model_keeps_being_steered_without_its_handle_and_dies_with_its_last_reference(
-    load: Callable[..., Any], model_path: Any
+    load: Callable[..., Any], model_path: Path
 ) -> None:
-    from mien.runtimes.llama import load_llama
+    from mien.runtimes.llama_text import load_llama
 
     llm = load_llama(model_path, n_ctx=128, n_threads=2)
     plain = prefill_and_decode(llm, 20)

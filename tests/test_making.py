@@ -15,7 +15,7 @@ from mien.calibration import Calibration, Dose, bake, calibrate, repetition, wit
 from mien.contrast import Sample
 from mien.errors import MienError
 from mien.extraction import extract, extract_group
-from mien.runtimes.llama import chat_tokens, greedy_reply, log_probabilities
+from mien.runtimes.llama_text import chat_tokens, greedy_reply, log_probabilities
 from mien.vector import Vector
 
 # ---- texts ----

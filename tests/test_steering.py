@@ -65,7 +65,7 @@ def numpy_bench(request: pytest.FixtureRequest, seed: int) -> Bench:
 
 def llama_bench(path: str) -> Callable[[pytest.FixtureRequest, int], Bench]:
     def make(request: pytest.FixtureRequest, seed: int) -> Bench:
-        from mien.runtimes.llama import load_llama
+        from mien.runtimes.llama_text import load_llama
 
         def logits(llm: Any) -> Floats:
             llm.reset()

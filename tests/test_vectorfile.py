@@ -142,7 +142,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, stage, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(VectorFileError, match="No space left"):
         make_vector(seed=1).save(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]

@@ -50,7 +50,7 @@ def run(
 
     threads: for decoding and prefill. rounds: decoded tokens a case; prefill takes a tenth of it.
     """
-    from .runtimes.llama import load_llama
+    from .runtimes.llama_text import load_llama
 
     def load() -> Any:
         return load_llama(model, n_ctx=1024, n_threads=threads)
@@ -259,7 +259,7 @@ def _memory(model: Path, threads: int) -> list[Row]:
 
 def measure_memory(model: str, threads: int) -> None:
     """Print [MB added by attaching and steering, MB added by 10,000 swaps] as JSON."""
-    from .runtimes.llama import load_llama
+    from .runtimes.llama_text import load_llama
 
     llm = load_llama(Path(model), n_ctx=1024, n_threads=threads)
     prompt = llm.tokenize(PROMPT.encode())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MienError
-from .runtimes.llama import chat_tokens, greedy_reply, log_probabilities
+from .runtimes.llama_text import chat_tokens, greedy_reply, log_probabilities
 from .steering import Steering
 from .vector import MetaValue, Vector
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .contrast import Sample, digest
 from .errors import MienError
 from .runtimes import attach
-from .runtimes.llama import chat_tokens, raw_tokens
+from .runtimes.llama_text import chat_tokens, raw_tokens
 from .steering import Steering
 from .vector import MetaValue, Vector
 

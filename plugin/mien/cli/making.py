@@ -78,7 +78,7 @@ def extract(
     members = {name: read((group / f"{name}.txt",)) for name in names} if group else {}
     poles = (read(positive), read(negative)) if pairs else ([], [])
     prompts = contrast.read_lines(calibrate) if calibrate else []
-    from ..runtimes.llama import load_llama
+    from ..runtimes.llama_text import load_llama
 
     path = find_model(model)
     llm = load_llama(path, n_ctx=1024, n_threads=threads, n_batch=1024)

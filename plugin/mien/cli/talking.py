@@ -197,7 +197,7 @@ def load_attached(model: str | None, n_ctx: int = 2048, threads: int | None = No
     from ..runtimes import attach
 
     path = find_model(model)
-    from ..runtimes.llama import load_llama
+    from ..runtimes.llama_text import load_llama
 
     llm = load_llama(path, n_ctx=n_ctx, n_threads=threads)
     return llm, attach(llm)
