@@ -10,7 +10,7 @@ import mien
 from mien.models import find_model
 from mien.runtimes.llama_text import load_llama
 
-QUESTION = "Tell me about your day."
+QUESTION = "What happened at the party?"
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     for recipe in ("", "joy", "fear"):
         steering.set(recipe)
         answer = llm.create_chat_completion(
-            [{"role": "user", "content": question}], max_tokens=56, temperature=0.0
+            [{"role": "user", "content": question}], max_tokens=48, temperature=0.0
         )
         text = " ".join(answer["choices"][0]["message"]["content"].split())
         print(f"{recipe or 'plain':>6}  {textwrap.fill(text, 88, subsequent_indent=' ' * 8)}\n", flush=True)

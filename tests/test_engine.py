@@ -146,9 +146,9 @@ def test_large_terms_may_cancel() -> None:
 @pytest.mark.parametrize(
     ("n_layer", "n_embd", "terms", "message"),
     [
-        (0, N_EMBD, [], "n_layer and n_embd must be positive"),
-        (N_LAYER, 0, [], "n_layer and n_embd must be positive"),
-        (-1, N_EMBD, [], "n_layer and n_embd must be positive"),
+        (0, N_EMBD, [], "n_layer and n_embd must be positive, and a program's those of its hook"),
+        (N_LAYER, 0, [], "n_layer and n_embd must be positive, and a program's those of its hook"),
+        (-1, N_EMBD, [], "n_layer and n_embd must be positive, and a program's those of its hook"),
         (
             2,
             N_EMBD,

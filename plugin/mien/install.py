@@ -179,9 +179,12 @@ def _is_text(name: str) -> bool:
     return name == "README.md" or (name.startswith("LICENSE") and is_plain_name(name))
 
 
+def _is_known(name: str) -> bool:
+    return name == MANIFEST or _is_text(name) or (name.endswith(".gguf") and is_plain_name(name))
+
+
 def _require_known(shown: str, name: str) -> None:
-    known = name == MANIFEST or _is_text(name) or (name.endswith(".gguf") and is_plain_name(name))
-    if not known:
+    if not _is_known(name):
         raise PackError(f"{shown}: expected only {MANIFEST}, *.gguf, README.md and LICENSE* in a pack")
 
 
@@ -210,17 +213,12 @@ def _pour(stream: IO[bytes], target: Path, size: int, room: int, shown: str) -> 
 
 
 def _copy_folder(source: Path, new: Path) -> None:
-    """Copy the files of a pack; dot-files, __pycache__ and other subfolders stay behind."""
-    files = [
-        path
-        for path in sorted(source.iterdir())
-        if not path.name.startswith(".") and (path.is_symlink() or not path.is_dir())
-    ]
+    """Copy the files of a pack; what else its maker keeps beside them, such as texts, stays behind."""
+    files = [path for path in sorted(source.iterdir()) if _is_known(path.name)]
     _require_few(source, len(files))
     room = MAX_BYTES
     for path in files:
         require_regular(path)
-        _require_known(str(path), path.name)
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             _pour(stream, new / path.name, size, room, str(path))

@@ -8,7 +8,6 @@ objects stay the same ones; while attached their classes are subclasses that kee
 
 from __future__ import annotations
 
-import copyreg
 import ctypes
 import hashlib
 import inspect
@@ -226,7 +225,7 @@ class _SteeredLlama:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle is of the plain model: attaching is not part of its state.
-        return copyreg.__newobj__, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[attr-defined]
+        return _new, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[attr-defined]
 
 
 class _CacheOfRecipe(BaseLlamaCache):
@@ -295,6 +294,10 @@ def _address(name: str) -> int:
         return ctypes.cast(getattr(api._lib, name), ctypes.c_void_p).value or 0
     except AttributeError:
         return 0
+
+
+def _new(cls: type) -> Any:
+    return cls.__new__(cls)
 
 
 def _subclass(mixin: type, base: type) -> type:
