@@ -1,6 +1,6 @@
 """What steering costs: paired and interleaved measurements on one model, in one process.
 
-Every round runs each case once, in a rotating order, and a case's figure is the median over the rounds
+Every round runs each case once, in a random order, and a case's figure is the median over the rounds
 of its time divided by the baseline's time in the same round: the machine's drift cancels. Memory is
 measured in a process of its own.
 """
@@ -178,9 +178,9 @@ def _ratios(
 def _interleaved(cases: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
+    order = np.random.default_rng(0)  # of cases: what ran just before leaves its traces in the caches
     for i in range(-3, rounds):
-        for k in range(len(names)):
-            name = names[(i + k) % len(names)]
+        for name in order.permutation(names):
             start = time.perf_counter()
             cases[name](i)
             if i >= 0:

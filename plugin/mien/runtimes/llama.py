@@ -225,7 +225,7 @@ class _SteeredLlama:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickle is of the plain model: attaching is not part of its state.
-        return _new, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[attr-defined]
+        return _new, (type(self).__bases__[1],), self.__getstate__()
 
 
 class _CacheOfRecipe(BaseLlamaCache):
@@ -296,7 +296,7 @@ def _address(name: str) -> int:
         return 0
 
 
-def _new(cls: type) -> Any:
+def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
