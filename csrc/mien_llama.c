@@ -73,9 +73,15 @@ typedef struct {
     size_t op, sources, buffer;
     size_t image_size;          /* from op to the end of the user data */
     int32_t op_add;
+    bool never[128];            /* by operation: whether it can't make a block's output */
 } tensor_layout;
 
 enum { IMAGE_MAX = 4 + 64, SCAN_MAX = 1024 };
+
+/* Half of a graph's nodes. A block ends in a sum, perhaps a norm, a scale or a view of it, and not in
+ * one of these; their names need not be read, and a name that has left the caches is what an ask costs. */
+static const char *const never_outputs[] = {"MUL_MAT", "MUL_MAT_ID", "ROPE",     "SOFT_MAX",      "SET_ROWS",
+                                            "PERMUTE", "TRANSPOSE",  "GET_ROWS", "FLASH_ATTN_EXT"};
 
 /* One a layer, at an address that patched nodes keep: they find the program through it, so a swap
  * touches no node. */
@@ -333,6 +339,10 @@ static bool on_ask(layer_slot *slot, ggml_tensor *t) {
 bool mien_hook_eval(void *tensor, bool ask, void *user_data) {
     mien_hook *hook = user_data;
     ggml_tensor *t = tensor;
+    if (ask && hook->path == MIEN_PATH_IN_GRAPH) {
+        const int32_t op = int_at(t, hook->layout.op);
+        if (op > 0 && (size_t)op < sizeof hook->layout.never / sizeof(bool) && hook->layout.never[op]) return false;
+    }
     const int32_t layer = layer_of(hook->ggml.ggml_get_name(t));
     if (layer < 0 || layer >= hook->n_layer) return !ask; /* false after a computation would stop it */
     layer_slot *slot = &hook->slots[layer];
@@ -364,6 +374,13 @@ static int32_t op_number(const ggml_functions *ggml, const ggml_tensor *t, const
     return op;
 }
 
+static void find_never_outputs(const ggml_functions *ggml, tensor_layout *layout, int32_t known) {
+    const size_t n = sizeof never_outputs / sizeof *never_outputs, room = sizeof layout->never / sizeof(bool);
+    for (int32_t op = 1; op < known && (size_t)op < room; op++)
+        for (size_t i = 0; i < n; i++)
+            if (!strcmp(ggml->ggml_op_name(op), never_outputs[i])) layout->never[op] = true;
+}
+
 /* Makes tensors through the public API and looks for their known values. NULL when everything was
  * found and agrees, else what was not. `tensors` holds a spare at the end, so that scanning a whole
  * tensor_overhead from the start of another stays inside the context's memory. */
@@ -376,6 +393,7 @@ static const char *find_layout(mien_hook *hook, ggml_context *context) {
     if (!a || !b) return "tensors can't be made";
     ggml_tensor *sum = ggml->ggml_add(context, a, b);
     if (!sum) return "tensors can't be made";
+    int32_t op_custom = 0;
     for (int32_t i = 0; i < hook->n_layer; i++) {
         layer_slot *slot = &hook->slots[i];
         ggml_tensor *custom = ggml->ggml_map_custom2(context, a, b, add_and_steer, GGML_N_TASKS_MAX, slot);
@@ -393,11 +411,12 @@ static const char *find_layout(mien_hook *hook, ggml_context *context) {
         layout->op = op;
         layout->image_size = image_size;
         layout->op_add = op_number(ggml, sum, "ADD");
-        if (layout->op_add < 0 || int_at(sum, op) != layout->op_add ||
-            int_at(custom, op) != op_number(ggml, custom, "MAP_CUSTOM2"))
+        op_custom = op_number(ggml, custom, "MAP_CUSTOM2");
+        if (layout->op_add < 0 || int_at(sum, op) != layout->op_add || int_at(custom, op) != op_custom)
             return "the operation's number does not verify";
         memcpy(slot->custom, (char *)custom + op, image_size);
     }
+    find_never_outputs(ggml, layout, op_custom);
     if (!find_pointer(sum, size, a, &layout->sources) || pointer_at(sum, layout->sources + sizeof(void *)) != b)
         return "the operation's sources were not found";
     ggml_buffer *buffer =

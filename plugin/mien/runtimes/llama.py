@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import llama_cpp
@@ -66,19 +65,31 @@ class LlamaRuntime:
         self.hook.swap(program.compiled)
         self.program = program
 
-    @contextmanager
-    def decoding(self, batch: Any) -> Iterator[None]:
-        """Around one llama_decode of the raw `batch`: the program of this moment, tagged in the KV cache."""
-        program = self.program
-        first, count = batch.pos[0], batch.n_tokens
-        in_order = batch.pos[count - 1] - first == count - 1
-        del self.tags[first if in_order else 0 :]  # not known until it has succeeded
+    def begin(self, batch: Any) -> tuple[Program, int]:
+        """Before a llama_decode of the raw `batch`: pin the program of this moment.
+
+        Returns it and the batch's first position, -1 where its positions are not in order. Runs once a
+        token, when everything has left the caches: short on purpose, as is `finish`.
+        """
+        program, positions, count = self.program, batch.pos, batch.n_tokens
+        first: int = positions[0]
+        if count > 1 and positions[count - 1] - first != count - 1:
+            first = -1
+        del self.tags[max(first, 0) :]  # not known until it has succeeded
         self.hook.begin(program.compiled)
-        try:
-            yield
-        finally:
-            status = self.hook.end()
+        return program, first
+
+    def finish(self, program: Program, first: int, count: int, status: int) -> None:
+        """After it has succeeded: tag the KV cache. Raises SteeringNotApplied."""
         self._last = program
+        if status:
+            self._raise(program, status)
+        if first == len(self.tags):
+            self.tags.extend([program.key] * count)
+        elif first >= 0:
+            self.tags += [None] * (first - len(self.tags)) + [program.key] * count
+
+    def _raise(self, program: Program, status: int) -> None:
         try:
             engine.check(status)
         except SteeringNotApplied as error:
@@ -88,8 +99,6 @@ class LlamaRuntime:
                 f"block outputs of {self.fingerprint.architecture} models as expected (l_out-N)",
                 missing,
             ) from None
-        if in_order:
-            self.tags += [None] * (first - len(self.tags)) + [program.key] * count
 
     def drop_other_recipes(self) -> None:
         """Shorten what the Llama believes to be cached to what this recipe computed."""
@@ -162,8 +171,13 @@ class _SteeredContext:
     _mien: LlamaRuntime
 
     def decode(self, batch: Any) -> None:
-        with self._mien.decoding(batch.batch):
+        runtime, raw = self._mien, batch.batch
+        program, first = runtime.begin(raw)
+        try:
             super().decode(batch)  # type: ignore[misc]  # of LlamaContext, the other base
+        finally:
+            status = runtime.hook.end()
+        runtime.finish(program, first, raw.n_tokens, status)
 
     def kv_cache_clear(self) -> None:
         super().kv_cache_clear()  # type: ignore[misc]
