@@ -2,7 +2,7 @@
 # make test   lint, types and the whole suite (sets everything up the first time)
 # make check  lint and types alone
 # make bench  what steering costs, as ratios
-# make pack   make the shipped pack again from its contrast texts (about 20 minutes)
+# make pack   make the shipped pack again from its contrast texts (about 15 minutes)
 # make clean  remove the environment and what was built
 
 SHELL := /bin/bash
