@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .contrast import Sample, digest
 from .errors import MienError
+from .fingerprint import Fingerprint
 from .runtimes import attach
 from .runtimes.llama_text import chat_tokens, raw_tokens
 from .steering import Steering
@@ -59,14 +60,14 @@ def extract(
     Raises MienError for an empty side, a text longer than the context or a model without a template.
     """
     groups = {"positive": _as_samples(positive), "negative": _as_samples(negative)}
-    states, norms, steering_model = _measure(llm, groups, raw, progress)
+    states, norms, model, kept = _measure(llm, groups, layers, raw, progress)
     difference = states["positive"].mean - states["negative"].mean
     return _vector(
         name,
         difference,
         norms,
-        steering_model,
-        layers,
+        model,
+        kept,
         {
             **(meta or {}),
             "method": "difference of means, last token",
@@ -92,7 +93,7 @@ def extract_group(
     if len(groups) < 2:
         raise MienError("a group needs at least two members to differ from each other")
     samples = {name: _as_samples(texts) for name, texts in groups.items()}
-    states, norms, model = _measure(llm, samples, raw, progress)
+    states, norms, model, kept = _measure(llm, samples, layers, raw, progress)
     centre = np.mean([s.mean for s in states.values()], axis=0)
     data = digest(*samples.values())
     return {
@@ -101,7 +102,7 @@ def extract_group(
             state.mean - centre,
             norms,
             model,
-            layers,
+            kept,
             {
                 **(meta or {}).get(name, {}),
                 "method": f"difference of means, last token, from the mean of {', '.join(samples)}",
@@ -121,20 +122,34 @@ def _as_samples(texts: Sequence[str | Sample]) -> list[Sample]:
 
 
 def _measure(
-    llm: Any, groups: Mapping[str, list[Sample]], raw: bool, progress: Progress
-) -> tuple[dict[str, _States], npt.NDArray[np.float64], Any]:
-    """({group: its states}, median norm of the stream a layer, the model's fingerprint)."""
+    llm: Any,
+    groups: Mapping[str, list[Sample]],
+    layers: Sequence[int] | None,
+    raw: bool,
+    progress: Progress,
+) -> tuple[dict[str, _States], npt.NDArray[np.float64], Fingerprint, list[int]]:
+    """({group: its states}, median norm of the stream a layer, the model, the layers to keep)."""
     every = [(name, sample) for name, samples in groups.items() for sample in samples]
     tokens = _tokenizer(llm, raw)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     with attach(llm) as steering:
         model = steering.model
+        kept = _layers_to_keep(layers, model)  # before minutes of reading, not after
         for (name, _), sample in zip(every, progress([s for _, s in every], len(every))):
             states = steering.capture(tokens(sample)).astype(np.float64)[:, 0]
             sums[name] = sums[name] + states if name in sums else states
         norms = stream_norms(steering, [tokens(s) for _, s in every[:: max(len(every) // NORM_SAMPLES, 1)]])
     counts = {name: len(samples) for name, samples in groups.items()}
-    return {name: _States(total / counts[name], counts[name]) for name, total in sums.items()}, norms, model
+    states_by_name = {name: _States(total / counts[name], counts[name]) for name, total in sums.items()}
+    return states_by_name, norms, model, kept
+
+
+def _layers_to_keep(layers: Sequence[int] | None, model: Fingerprint) -> list[int]:
+    kept = list(layers) if layers is not None else list(range(1, model.n_layer))
+    wrong = [layer for layer in kept if not 1 <= layer < model.n_layer]
+    if wrong or not kept:
+        raise MienError(f"layers: expected some of 1 to {model.n_layer - 1}, got {wrong or 'none'}")
+    return kept
 
 
 def stream_norms(steering: Steering, texts: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
@@ -155,14 +170,10 @@ def _vector(
     name: str,
     difference: npt.NDArray[np.float64],
     norms: npt.NDArray[np.float64],
-    model: Any,
-    layers: Sequence[int] | None,
+    model: Fingerprint,
+    kept: list[int],
     meta: dict[str, MetaValue],
 ) -> Vector:
-    kept = list(layers) if layers is not None else list(range(1, model.n_layer))
-    wrong = [layer for layer in kept if not 1 <= layer < model.n_layer]
-    if wrong or not kept:
-        raise MienError(f"layers: expected some of 1 to {model.n_layer - 1}, got {wrong or 'none'}")
     rows = difference[kept]
     strength = np.linalg.norm(rows, axis=1) / norms[kept]
     meta.update(

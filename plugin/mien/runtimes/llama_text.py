@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def raw_tokens(llm: Any, text: str) -> list[int]:
     return tokens
 
 
+@lru_cache(maxsize=8)
+def _formatter(template: str, bos: str, eos: str) -> Jinja2ChatFormatter:
+    """Compiled once a model: extraction renders a thousand texts."""
+    return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
+
+
 def chat_tokens(llm: Any, messages: Sequence[Any], opening: str = "") -> list[int]:
     """`messages` in the model's chat template, up to and with the opening of the reply.
 
@@ -48,8 +55,7 @@ def chat_tokens(llm: Any, messages: Sequence[Any], opening: str = "") -> list[in
     if template is None:
         raise MienError("this model has no chat template: use --raw (raw=True)")
     bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))
-    formatter = Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
-    prompt = formatter(messages=list(messages)).prompt
+    prompt = _formatter(template, bos, eos)(messages=list(messages)).prompt
     add_bos = bool(llm._model.add_bos_token()) and not (bos and prompt.startswith(bos))
     tokens: list[int] = llm.tokenize((prompt + opening).encode(), add_bos=add_bos, special=True)
     return tokens
