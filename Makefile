@@ -80,6 +80,6 @@ $(VENV)/.demo: $(VENV)/.llama pyproject.toml $(ENGINE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	@echo "Installing what the tests need."
-	@MIEN_DEV=1 $(PINNED) $(PIP) install -q -e ".[dev,llama]"
+	@echo "Installing what the tests need, torch and transformers among it."
+	@MIEN_DEV=1 $(PINNED) $(PIP) install -q -e ".[dev,hf,llama]"
 	@touch $@

@@ -35,5 +35,6 @@ ffibuilder.set_source(
     sources=[os.path.relpath(HERE / f"mien_{part}.c", ROOT) for part in ("kernels", "program", "llama")],
     include_dirs=["csrc"],
     extra_compile_args=flags,
+    libraries=[] if sys.platform == "win32" else ["m"],
     py_limited_api=True,
 )

@@ -12,6 +12,15 @@
  * really moved by, sum (x_after - x_before)^2, which float32 rounding can make less than |v|^2. */
 double mien_add(float *x, const float *v, size_t n);
 
+/* x[i] = (x[i] + v[i]) * |x| / |x + v|: the row keeps its Euclidean length. Where x + v is zero there is
+ * no direction to scale, and the row becomes zero. Sums and the scale are double, the row is rounded
+ * once. Returns what mien_add returns. */
+double mien_add_keep_norm(float *x, const float *v, size_t n);
+
+/* mien_add of `a` and mien_add_keep_norm of `v`, to the same bits in one go: what is returned is how far
+ * the two together moved the row. */
+double mien_add_then_keep_norm(float *x, const float *a, const float *v, size_t n);
+
 /* out[i] = x[i] + y[i]. `out` may be x or y. */
 void mien_sum(float *out, const float *x, const float *y, size_t n);
 

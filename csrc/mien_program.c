@@ -37,7 +37,7 @@ static bool is_zero(const float *x, size_t n) {
 }
 
 static mien_status check_term(const mien_term *term, int32_t n_layer) {
-    if (term->op != MIEN_OP_ADD) return MIEN_ERR_OP;
+    if (term->op != MIEN_OP_ADD && term->op != MIEN_OP_ADD_KEEP_NORM) return MIEN_ERR_OP;
     if (term->site != MIEN_SITE_RESIDUAL) return MIEN_ERR_SITE;
     if (!isfinite(term->coefficient)) return MIEN_ERR_NOT_FINITE;
     for (size_t r = 0; r < term->n_rows; r++) {
@@ -67,12 +67,13 @@ static mien_program *allocate(int32_t n_layer, int32_t n_embd, size_t capacity) 
     return program;
 }
 
-/* The terms' rows at one layer. Each term's layers ascend, so `next` walks them once. */
-static size_t gather(const mien_term *terms, size_t n_terms, size_t *next, int32_t layer, size_t n_embd,
-                     const float **rows, double *coefficients) {
+/* The rows that the terms of one operation have at one layer. Each term's layers ascend, so `next` walks
+ * them once. */
+static size_t gather(const mien_term *terms, size_t n_terms, mien_op op, size_t *next, int32_t layer,
+                     size_t n_embd, const float **rows, double *coefficients) {
     size_t found = 0;
     for (size_t t = 0; t < n_terms; t++) {
-        if (next[t] == terms[t].n_rows || terms[t].layers[next[t]] != layer) continue;
+        if (terms[t].op != op || next[t] == terms[t].n_rows || terms[t].layers[next[t]] != layer) continue;
         rows[found] = terms[t].rows + next[t]++ * n_embd;
         coefficients[found++] = terms[t].coefficient;
     }
@@ -92,14 +93,16 @@ mien_status mien_program_new(mien_program **out, int32_t n_layer, int32_t n_embd
     const float **rows = calloc(n_terms + 1, sizeof *rows);
     double *coefficients = calloc(n_terms + 1, sizeof *coefficients);
     size_t *next = calloc(n_terms + 1, sizeof *next);
-    bool *used = calloc((size_t)n_layer, sizeof *used);
+    bool *used = calloc((size_t)n_layer * MIEN_OPS, sizeof *used);
     mien_program *program = NULL;
     if (!rows || !coefficients || !next || !used) goto done;
 
     size_t capacity = 0;
     for (size_t t = 0; t < n_terms; t++)
-        for (size_t r = 0; r < terms[t].n_rows; r++)
-            if (!used[terms[t].layers[r]]) used[terms[t].layers[r]] = true, capacity++;
+        for (size_t r = 0; r < terms[t].n_rows; r++) {
+            bool *seen = &used[(size_t)terms[t].layers[r] * MIEN_OPS + (size_t)terms[t].op];
+            if (!*seen) *seen = true, capacity++;
+        }
     program = allocate(n_layer, n_embd, capacity);
     if (!program) goto done;
 
@@ -108,17 +111,20 @@ mien_status mien_program_new(mien_program **out, int32_t n_layer, int32_t n_embd
     for (int32_t layer = 0; layer < n_layer; layer++) {
         place *here = &program->places[(size_t)MIEN_SITE_RESIDUAL * (size_t)n_layer + (size_t)layer];
         here->first = made;
-        if (!used[layer]) continue;
-        float *direction = program->floats + made * stride;
-        const size_t found = gather(terms, n_terms, next, layer, n, rows, coefficients);
-        mien_combine(direction, rows, coefficients, found, n);
-        if (!mien_is_finite(direction, n)) {
-            status = MIEN_ERR_NOT_FINITE;
-            goto done;
+        for (int i = 0; i < MIEN_OPS; i++) {
+            const mien_op op = (mien_op)i;
+            if (!used[(size_t)layer * MIEN_OPS + (size_t)op]) continue;
+            float *direction = program->floats + made * stride;
+            const size_t found = gather(terms, n_terms, op, next, layer, n, rows, coefficients);
+            mien_combine(direction, rows, coefficients, found, n);
+            if (!mien_is_finite(direction, n)) {
+                status = MIEN_ERR_NOT_FINITE;
+                goto done;
+            }
+            if (is_zero(direction, n)) continue;
+            program->operations[made++] = (operation){op, direction};
+            here->count++;
         }
-        if (is_zero(direction, n)) continue;
-        program->operations[made++] = (operation){MIEN_OP_ADD, direction};
-        here->count = 1;
     }
     *out = program;
     program = NULL;
@@ -162,16 +168,28 @@ bool mien_program_acts(const mien_program *program, mien_site site, int32_t laye
     return find(program, site, layer) != NULL;
 }
 
+const float *mien_program_direction(const mien_program *program, mien_site site, int32_t layer, mien_op op) {
+    const place *here = find(program, site, layer);
+    for (size_t o = 0; here && o < here->count; o++)
+        if (program->operations[here->first + o].op == op) return program->operations[here->first + o].direction;
+    return NULL;
+}
+
 double mien_program_apply(const mien_program *program, mien_site site, int32_t layer,
                           float *rows, size_t n_rows) {
     const place *here = find(program, site, layer);
     double moved = 0;
     if (!here) return moved;
     const size_t n = (size_t)program->n_embd;
-    for (size_t r = 0; r < n_rows; r++)
-        for (size_t o = here->first; o < here->first + here->count; o++)
-            switch (program->operations[o].op) {
-            case MIEN_OP_ADD: moved += mien_add(rows + r * n, program->operations[o].direction, n); break;
-            }
+    const operation *first = &program->operations[here->first], *second = first + 1;
+    for (size_t r = 0; r < n_rows; r++) {
+        float *row = rows + r * n;
+        if (here->count == MIEN_OPS)
+            moved += mien_add_then_keep_norm(row, first->direction, second->direction, n);
+        else if (first->op == MIEN_OP_ADD_KEEP_NORM)
+            moved += mien_add_keep_norm(row, first->direction, n);
+        else
+            moved += mien_add(row, first->direction, n);
+    }
     return moved;
 }

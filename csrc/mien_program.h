@@ -25,7 +25,12 @@ typedef enum {
     MIEN_ERR_NOT_APPLIED = 10 /* a layer was evaluated and its rows were not steered */
 } mien_status;
 
-typedef enum { MIEN_OP_ADD = 0 } mien_op;
+/* In the order in which they act at a place. */
+typedef enum {
+    MIEN_OP_ADD = 0,          /* see mien_add */
+    MIEN_OP_ADD_KEEP_NORM = 1 /* see mien_add_keep_norm */
+} mien_op;
+enum { MIEN_OPS = 2 };
 
 typedef enum { MIEN_SITE_RESIDUAL = 0 } mien_site;
 enum { MIEN_SITES = 1 };
@@ -42,9 +47,9 @@ typedef struct {
 
 typedef struct mien_program mien_program;
 
-/* Compile `terms` into `*out`, with one reference held by the caller. All adds at one place fold into
- * one direction: float(sum of coefficient * row), summed in double in the order of the terms. A place
- * where that is zero everywhere gets no operation. The terms are not kept.
+/* Compile `terms` into `*out`, with one reference held by the caller. All terms of one operation at one
+ * place fold into one direction: float(sum of coefficient * row), summed in double in the order of the
+ * terms. An operation whose direction is zero everywhere is left out. The terms are not kept.
  * On error `*out` is NULL. */
 mien_status mien_program_new(mien_program **out, int32_t n_layer, int32_t n_embd,
                              const mien_term *terms, size_t n_terms);
@@ -56,6 +61,10 @@ void mien_program_release(mien_program *program);
 /* The layers with an operation at `site`, ascending, written to `layers` (room for n_layer).
  * Returns how many. */
 int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t *layers);
+
+/* The direction (n_embd floats, the program's own) of operation `op` at (site, layer); NULL where the
+ * program has none there. */
+const float *mien_program_direction(const mien_program *program, mien_site site, int32_t layer, mien_op op);
 
 /* Apply what the program does at (site, layer) to `n_rows` contiguous rows, in place. Returns the sum
  * over the rows of the squared length that each moved by; 0 where the program has nothing there. */

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +25,21 @@ def compiled(*terms: tuple[float, Vector]) -> CompiledProgram:
     return CompiledProgram(N_LAYER, N_EMBD, terms)
 
 
+def norm_kept(*terms: tuple[float, Vector]) -> CompiledProgram:
+    return CompiledProgram(N_LAYER, N_EMBD, [], terms)
+
+
 def one(*values: float, layer: int = 1) -> Vector:
     return Vector("v", (layer,), np.array([values], dtype=np.float32))
+
+
+def row(*values: float) -> Floats:
+    return np.array([values], dtype=np.float32)
+
+
+def squared_shift(before: Floats, after: Floats) -> float:
+    shift = after.astype(np.float64) - before
+    return float((shift * shift).sum())
 
 
 def statuses() -> dict[str, int]:
@@ -45,8 +60,82 @@ def test_a_program_is_the_reference_bit_for_bit(terms: list[tuple[float, Vector]
         moved = program.apply(layer, after)
         expected = before if direction is None else reference.add(before, direction)
         assert same_bits(after, expected)
-        shift = expected.astype(np.float64) - before
-        assert moved == pytest.approx(float((shift * shift).sum()), rel=1e-12)
+        assert moved == pytest.approx(squared_shift(before, expected), rel=1e-12)
+
+
+# Rows as they come and the rare ones: nothing in them, the largest of floats, denormals only.
+extreme_rows = st.one_of(
+    rows,
+    arrays(np.float32, (2, N_EMBD), elements=st.sampled_from([0.0, -0.0, 1e30, -1e30, 3e37, 1.0])),
+    arrays(np.float32, (2, N_EMBD), elements=floats(2.0**-130)),
+    arrays(np.float32, (2, N_EMBD), elements=floats(2.0**124)),
+)
+extreme_doses = st.one_of(
+    doses,
+    st.lists(st.tuples(st.floats(-2, 2), vectors(limit=2.0**-130)), max_size=3),
+    st.lists(st.tuples(st.just(1.0), vectors(limit=2.0**124)), max_size=2),
+)
+
+
+@given(extreme_doses, extreme_rows)
+def test_a_norm_kept_sum_is_the_reference_to_the_last_bit(
+    terms: list[tuple[float, Vector]], before: Floats
+) -> None:
+    """To the last but one in truth: norms are summed up in another order."""
+    program = norm_kept(*terms)
+    directions = [reference.combine(terms, layer) for layer in range(N_LAYER)]
+    assert program.layers == [layer for layer, direction in enumerate(directions) if direction is not None]
+    for layer, direction in enumerate(directions):
+        after = before.copy()
+        moved = program.apply(layer, after)
+        if direction is None:
+            assert same_bits(after, before)
+        else:
+            np.testing.assert_array_max_ulp(after, reference.add_keep_norm(before, direction), maxulp=1)
+        assert np.isfinite(after).all()
+        assert moved == pytest.approx(squared_shift(before, after), rel=1e-12)
+
+
+@given(doses, rows)
+def test_a_norm_kept_sum_keeps_every_norm(terms: list[tuple[float, Vector]], before: Floats) -> None:
+    program = norm_kept(*terms)
+    for layer in program.layers:
+        after = before.copy()
+        program.apply(layer, after)
+        added = reference.add(before, reference.combine(terms, layer))
+        norms = np.linalg.norm(before.astype(np.float64), axis=1)
+        left = added.any(axis=1)  # of a row that the vector takes to nothing, nothing is left
+        # a denormal result is off by more than a float's precision
+        np.testing.assert_allclose(
+            np.linalg.norm(after.astype(np.float64), axis=1), np.where(left, norms, 0), rtol=1e-6, atol=1e-44
+        )
+
+
+@given(doses, doses, rows)
+def test_at_one_layer_what_is_added_comes_before_what_keeps_the_norm(
+    added: list[tuple[float, Vector]], kept: list[tuple[float, Vector]], before: Floats
+) -> None:
+    program = CompiledProgram(N_LAYER, N_EMBD, added, kept)
+    for layer in range(N_LAYER):
+        by_hand, after = before.copy(), before.copy()
+        compiled(*added).apply(layer, by_hand)
+        norm_kept(*kept).apply(layer, by_hand)
+        moved = program.apply(layer, after)
+        assert same_bits(after, by_hand)
+        assert moved == pytest.approx(squared_shift(before, after), rel=1e-12)
+    assert program.layers == sorted({*compiled(*added).layers, *norm_kept(*kept).layers})
+
+
+@given(doses, doses)
+def test_a_direction_is_what_the_reference_adds_up(
+    added: list[tuple[float, Vector]], kept: list[tuple[float, Vector]]
+) -> None:
+    program = CompiledProgram(N_LAYER, N_EMBD, added, kept)
+    for layer in range(N_LAYER):
+        for terms, operation in ((added, "add"), (kept, "add_keep_norm")):
+            direction, expected = program.direction(layer, operation), reference.combine(terms, layer)
+            assert (direction is None) == (expected is None)
+            assert expected is None or same_bits(direction, expected)
 
 
 @given(
@@ -97,6 +186,93 @@ def test_a_shift_that_rounding_absorbs_is_reported_as_none() -> None:
     assert compiled((1, one(*[1.0] * N_EMBD))).apply(1, out) == 0.0
 
 
+def test_the_length_that_is_kept_is_that_after_what_was_added() -> None:
+    east, north = one(4, 0, 0, 0, 0), one(0, 4, 0, 0, 0)
+    for added, kept, length in ((east, north, 5), (north, east, 7)):
+        after = row(0, 3, 0, 0, 0)
+        CompiledProgram(N_LAYER, N_EMBD, [(1, added)], [(1, kept)]).apply(1, after)
+        np.testing.assert_allclose(after, row(4, 7, 0, 0, 0) * length / math.sqrt(65), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("h", "v", "expected"),
+    [
+        (row(3, 0, 0, 0, 0), one(0, 4, 0, 0, 0), row(1.8, 2.4, 0, 0, 0)),
+        (row(0, 0, 0, 0, 0), one(1, -2, 3, 0, 0), row(0, 0, 0, 0, 0)),  # it has no length to keep
+        (row(1, -2, 3, 0, 0), one(-1, 2, -3, 0, 0), row(0, 0, 0, 0, 0)),  # it has no direction left
+        (row(1, 0, 0, 0, 0), one(-3, 0, 0, 0, 0), row(-1, 0, 0, 0, 0)),
+        (row(1e30, 0, 0, 0, 0), one(0, 1e30, 0, 0, 0), row(*[1e30 / math.sqrt(2)] * 2, 0, 0, 0)),
+        (row(3e38, 0, 0, 0, 0), one(0, 3e38, 0, 0, 0), row(*[3e38 / math.sqrt(2)] * 2, 0, 0, 0)),
+        (row(1e-40, 0, 0, 0, 0), one(0, 1e-40, 0, 0, 0), row(*[1e-40 / math.sqrt(2)] * 2, 0, 0, 0)),
+        (row(1e-45, 0, 0, 0, 0), one(0, 1e30, 0, 0, 0), row(0, 1e-45, 0, 0, 0)),
+        (row(1e30, 0, 0, 0, 0), one(-1e30, 1e-45, 0, 0, 0), row(0, 1e30, 0, 0, 0)),
+        (row(1e30, 0, 0, 0, 0), one(1, 0, 0, 0, 0), row(1e30, 0, 0, 0, 0)),
+    ],
+)
+def test_a_row_whose_norm_is_kept_becomes_this(h: Floats, v: Vector, expected: Floats) -> None:
+    for n_rows in (1, 3):
+        before = np.repeat(h, n_rows, axis=0)
+        after = before.copy()
+        moved = norm_kept((1, v)).apply(1, after)
+        np.testing.assert_array_max_ulp(after, np.repeat(expected, n_rows, axis=0), maxulp=1)
+        np.testing.assert_array_max_ulp(after, reference.add_keep_norm(before, v.rows[0]), maxulp=1)
+        assert moved == pytest.approx(squared_shift(before, after), rel=1e-12)
+
+
+def test_each_row_keeps_a_norm_of_its_own() -> None:
+    before = np.array([[3, 0, 0, 0, 0], [0] * 5, [0, 300, 0, 0, 0], [0, 0, 1e-3, 0, 0]], dtype=np.float32)
+    after = before.copy()
+    norm_kept((1, one(1, 1, 1, 1, 1))).apply(1, after)
+    np.testing.assert_allclose(np.linalg.norm(after, axis=1), [3, 0, 300, 1e-3], rtol=1e-6)
+    alone = before[2:3].copy()
+    norm_kept((1, one(1, 1, 1, 1, 1))).apply(1, alone)
+    assert same_bits(after[2:3], alone)
+
+
+def test_where_rounding_absorbs_the_vector_a_kept_norm_changes_no_bit() -> None:
+    before = np.full((2, N_EMBD), 1e30, dtype=np.float32)
+    after = before.copy()
+    assert norm_kept((1, one(*[1.0] * N_EMBD))).apply(1, after) == 0.0
+    assert same_bits(after, before)
+
+
+def test_a_direction_of_nothing_is_none() -> None:
+    v = one(1, 2, 3, 4, 5)
+    program = CompiledProgram(N_LAYER, N_EMBD, [(1, v)], [(1, v), (-1, v)])
+    assert program.layers == [1]
+    assert program.direction(1, "add_keep_norm") is None
+    for layer in (0, 2, -1, N_LAYER, 2**31 - 1, -(2**31)):
+        assert program.direction(layer, "add") is None
+    assert program.direction(1, "add").shape == (N_EMBD,)
+    with pytest.raises(KeyError):
+        program.direction(1, "ablate")
+
+
+def test_a_direction_is_a_copy_that_outlives_the_program() -> None:
+    program = compiled((2, one(1, 2, 3, 4, 5)))
+    direction = program.direction(1, "add")
+    direction[:] = 7
+    assert same_bits(program.direction(1, "add"), row(2, 4, 6, 8, 10)[0])
+    kept = program.direction(1, "add")
+    del program
+    gc.collect()
+    assert same_bits(kept, row(2, 4, 6, 8, 10)[0])
+
+
+@given(doses, doses, rows, st.integers(0, 3))
+def test_memory_of_somebody_elses_is_steered_as_rows_are(
+    added: list[tuple[float, Vector]], kept: list[tuple[float, Vector]], before: Floats, skipped: int
+) -> None:
+    program = CompiledProgram(N_LAYER, N_EMBD, added, kept)
+    first = min(skipped, len(before))
+    for layer in (-1, *range(N_LAYER)):
+        expected, found = before.copy(), before.copy()
+        moved = program.apply(layer, expected[first:])
+        address = found.ctypes.data + first * 4 * N_EMBD
+        assert engine.apply_at(program, layer, address, len(before) - first) == moved
+        assert same_bits(found, expected)
+
+
 def test_nothing_is_done_at_a_layer_without_a_direction() -> None:
     program = compiled((1, make_vector(layers=(1, 3))))
     out = np.zeros((2, N_EMBD), dtype=np.float32)
@@ -133,14 +309,20 @@ def test_a_program_keeps_nothing_of_its_vectors() -> None:
         [(1.0, one(0, 0, 0, 0, 3e38)), (1.0, one(0, 0, 0, 0, 3e38))],
     ],
 )
-def test_a_sum_that_is_not_finite_is_a_vector_error(terms: list[tuple[float, Vector]]) -> None:
+@pytest.mark.parametrize("compile_terms", [compiled, norm_kept])
+def test_a_sum_that_is_not_finite_is_a_vector_error(
+    compile_terms: Callable[..., CompiledProgram], terms: list[tuple[float, Vector]]
+) -> None:
     with pytest.raises(VectorError, match=r"add up to NaN or infinity; use smaller coefficients$"):
-        compiled(*terms)
+        compile_terms(*terms)
 
 
 def test_large_terms_may_cancel() -> None:
     large = one(*[3e38] * N_EMBD)
     assert compiled((2.0, large), (-1.0, large)).layers == [1]
+    assert norm_kept((2.0, large), (-1.0, large)).layers == [1]
+    with pytest.raises(VectorError, match="add up to NaN or infinity"):  # two sums, each on its own
+        CompiledProgram(N_LAYER, N_EMBD, [(2.0, large)], [(-1.0, large)])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +344,8 @@ def test_large_terms_may_cancel() -> None:
 def test_terms_that_do_not_fit_are_refused(n_layer: int, n_embd: int, terms: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         CompiledProgram(n_layer, n_embd, terms)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        CompiledProgram(n_layer, n_embd, [], terms)
 
 
 @pytest.mark.parametrize(

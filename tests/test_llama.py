@@ -19,7 +19,10 @@ import mien
 import numpy as np
 import pytest
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from mien import reference
 from mien.fingerprint import Fingerprint
+from mien.recipe import Recipe, Term
 from mien.registry import shipped_packs
 from mien.runtimes.llama import LlamaRuntime, fingerprint_of
 from mien.steering import Steering
@@ -477,6 +480,234 @@ def test_a_cache_under_one_recipe_is_hit(load: Callable[..., Any]) -> None:
     llm.reset()
     assert reply(llm) == first
     assert max(done.rows for done in steering.applied.layers.values()) == 1  # nothing was prefilled again
+
+
+# ---- windows ----
+
+
+def windowed(vector: Vector, when: str) -> Recipe:
+    return Recipe((Term(1.0, vector, when),))
+
+
+def steps(llm: Any, prompt: list[int], count: int, **options: Any) -> tuple[list[int], list[np.ndarray]]:
+    """The next `count` tokens, and the logits that each was taken from."""
+    stream = llm.generate(prompt, temp=0.0, **options)
+    found = [(next(stream), logits_of(llm)) for _ in range(count)]
+    stream.close()
+    return [token for token, _ in found], [logits for _, logits in found]
+
+
+def by_hand(
+    steering: Steering, llm: Any, prompt: list[int], reply: list[int], *recipes: Any
+) -> list[np.ndarray]:
+    """The same logits from the same batches without windows: the first of `recipes` is set before the
+    prompt is evaluated, the second before the tokens of the reply."""
+    steering.set(recipes[0])
+    llm.eval(prompt)
+    found = [logits_of(llm)]
+    steering.set(recipes[1])
+    for token in reply[:-1]:
+        llm.eval([token])
+        found.append(logits_of(llm))
+    return found
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("count", [1, 30, 129])  # of batches of 64: the last of them is a single token
+def test_windows_act_on_the_prompt_and_on_the_reply(load: Callable[..., Any], path: str, count: int) -> None:
+    a, b = make_vector(3, size=0.4), make_vector(4, size=0.4)
+    both = Recipe((Term(1.0, a, "prompt"), Term(1.0, b, "response")))
+    llm, hand, plain = load(), load(), load()
+    steering, hands = mien.attach(llm, path=path), mien.attach(hand)
+    tokens = tokens_of(llm, count)
+    _, unsteered = steps(plain, tokens, 4)
+    for recipe, prompt, response in (
+        (windowed(a, "response"), None, a),
+        (windowed(a, "prompt"), a, None),
+        (both, a, b),
+    ):
+        llm.reset()
+        hand.reset()
+        steering.set(recipe)
+        reply, found = steps(llm, tokens, 4)
+        assert same(found, by_hand(hands, hand, tokens, reply, prompt, response))
+        assert np.array_equal(found[0], unsteered[0]) == (prompt is None)
+        assert not np.array_equal(found[1], unsteered[1])
+
+
+def test_the_cache_knows_what_was_prompt_and_what_reply(load: Callable[..., Any]) -> None:
+    vector = make_vector(3, size=0.4)
+    llm = load()
+    steering = mien.attach(llm)
+    tokens = tokens_of(llm, 80)
+    steered = steering.compile(vector).prompt.key
+    for when, prompt, response in (("prompt", steered, ()), ("response", (), steered)):
+        llm.reset()
+        steering.set(windowed(vector, when))
+        steps(llm, tokens, 4)
+        assert llm._mien.tags == [prompt] * 80 + [response] * 3
+
+
+@pytest.mark.parametrize("when", ["prompt", "response"])
+def test_a_reply_that_is_given_back_is_evaluated_as_prompt(load: Callable[..., Any], when: str) -> None:
+    """As a chat does with each turn. A fresh model that only ever sees prompts is the measure."""
+    vector = make_vector(3, size=0.4)
+    llm, fresh = load(), load()
+    mien.attach(llm).set(windowed(vector, when))
+    mien.attach(fresh).set(vector if when == "prompt" else None)
+    prompt = tokens_of(llm, 30)
+    reply, _ = steps(llm, prompt, 8)
+    chat = [*prompt, *reply, *prompt[3:6]]
+    fresh.eval(prompt)  # what is still valid of the first turn, and in the same batches
+    assert np.array_equal(first_logits(llm, chat), first_logits(fresh, chat))
+    assert llm._mien.tags == fresh._mien.tags
+    steps(llm, chat, 4)
+    steps(fresh, chat, 4)
+    assert np.array_equal(first_logits(llm, chat), first_logits(fresh, chat))  # only its last token again
+
+
+@pytest.mark.parametrize("when", ["prompt", "response"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_tokens_given_without_a_reset_are_prompt(load: Callable[..., Any], when: str, count: int) -> None:
+    vector = make_vector(3, size=0.4)
+    llm, hand = load(), load()
+    mien.attach(llm).set(windowed(vector, when))
+    hands, recipes = mien.attach(hand), (vector, None) if when == "prompt" else (None, vector)
+    first, second = tokens_of(llm, 20), tokens_of(llm, 30)[20 : 20 + count]
+    reply, found = steps(llm, first, 4)
+    assert same(found, by_hand(hands, hand, first, reply, *recipes))
+    reply, found = steps(llm, second, 4, reset=False)
+    assert same(found, by_hand(hands, hand, second, reply, *recipes))
+
+
+def test_windows_in_chats_do_not_mix(load: Callable[..., Any]) -> None:
+    vector = make_vector(3, size=0.4)
+    recipes = [None, vector, windowed(vector, "prompt"), windowed(vector, "response")]
+    expected = [fresh_reply(load, recipe) for recipe in recipes]
+    assert len(set(expected)) == len(recipes), "the vector is too weak for this test to mean anything"
+    llm = load()
+    steering = mien.attach(llm)
+    llm.set_cache(LlamaRAMCache())
+    for i in (3, 2, 3, 0, 2, 2, 1, 3, 3):
+        steering.set(recipes[i])
+        assert reply(llm) == expected[i]
+    steering.detach()
+    assert reply(llm) == expected[0]
+
+
+def test_drafted_tokens_are_the_models_own(load: Callable[..., Any]) -> None:
+    llm = load(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
+    steering = mien.attach(llm)
+    vector = make_vector(size=0.01)
+    steering.set(windowed(vector, "response"))
+    tokens = tokens_of(llm, 40)  # a text that repeats itself, so that drafts are found
+    sizes = []
+    stream = llm.generate(tokens, temp=0.0)
+    for _ in range(12):
+        next(stream)
+        sizes.append(len(llm._mien.tags))
+    stream.close()
+    assert max(np.diff(sizes)) > 1, "nothing was drafted"
+    assert llm._mien.tags == [()] * 40 + [steering.compile(vector).prompt.key] * (sizes[-1] - 40)
+
+
+def test_a_stream_ends_as_the_plain_one(load: Callable[..., Any]) -> None:
+    llm, plain = load(), load()
+    steering = mien.attach(llm)
+    tokens, vector = tokens_of(llm, 20), make_vector(3, size=0.4)
+
+    def run(model: Any) -> list[int]:
+        return list(model.generate(tokens, temp=0.0, stopping_criteria=lambda ids, _: len(ids) >= 25))
+
+    found = run(llm)
+    assert found == run(plain)
+    assert len(found) == 5
+    steering.set(windowed(vector, "response"))
+    run(llm)
+    assert llm._mien.tags == [()] * 20 + [steering.compile(vector).prompt.key] * 5
+
+
+def test_a_stream_left_standing_does_not_say_what_others_evaluate(load: Callable[..., Any]) -> None:
+    llm, plain = load(), load()
+    steering = mien.attach(llm)
+    steering.set(windowed(make_vector(3, size=0.4), "response"))
+    left = llm.generate(tokens_of(llm, 5), temp=0.0)
+    next(left)
+    assert same(prefill_and_decode(llm)[:1], prefill_and_decode(plain)[:1])
+    left.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 64, 65, 129])
+def test_without_generate_many_tokens_are_prompt_and_one_more_is_reply(
+    load: Callable[..., Any], count: int
+) -> None:
+    """Batches are of 64 tokens, so the last one may hold a single token."""
+    vector = make_vector(3, size=0.4)
+    llm, hand = load(), load()
+    mien.attach(llm).set(windowed(vector, "response"))
+    tokens = tokens_of(llm, count)
+    llm.eval(tokens)
+    found = [logits_of(llm)]
+    llm.eval(tokens[:1])
+    found.append(logits_of(llm))
+    assert same(found, by_hand(mien.attach(hand), hand, tokens, tokens[:1] * 2, None, vector))
+
+
+@pytest.mark.parametrize("when", ["prompt", "response"])
+def test_what_is_captured_is_a_prompt(load: Callable[..., Any], when: str) -> None:
+    llm = load()
+    steering = mien.attach(llm)
+    vector = make_vector(3, size=0.4)
+    tokens = tokens_of(llm, 65)  # in two batches, the second a single token
+    steering.set(vector if when == "prompt" else None)
+    expected = steering.capture(tokens, layers=[0, 1, 15], last=3)
+    steering.set(windowed(vector, when))
+    assert np.array_equal(steering.capture(tokens, layers=[0, 1, 15], last=3), expected)
+
+
+# ---- norms that are kept ----
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("n_ubatch", [32, 7])
+def test_a_kept_norm_is_the_reference_on_captured_rows(
+    load: Callable[..., Any], path: str, n_ubatch: int
+) -> None:
+    vector = make_vector(layers=[10], size=5.0)
+    llm = load(n_ubatch=n_ubatch)
+    steering = mien.attach(llm, path=path)
+    tokens = tokens_of(llm, 50)
+    before = steering.capture(tokens, layers=[9, 10, 11], last=50)
+    steering.set(Recipe((Term(1.0, vector, keep_norm=True),)))
+    after = steering.capture(tokens, layers=[9, 10, 11], last=50)
+    assert np.array_equal(after[0], before[0])
+    np.testing.assert_array_max_ulp(after[1], reference.add_keep_norm(before[1], vector.rows[0]), maxulp=1)
+    norms = [np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (before[1], after[1])]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
+    assert not np.array_equal(after[2], before[2])
+    moved = np.linalg.norm(after[1].astype(np.float64) - before[1], axis=1)
+    applied = steering.applied.layers
+    assert list(applied) == [10]
+    assert (applied[10].rows, applied[10].path) == (50, path)
+    assert applied[10].shift == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_threads": 4}, {"n_ubatch": 7}], ids=str)
+def test_both_paths_keep_norms_alike(load: Callable[..., Any], options: dict[str, Any]) -> None:
+    a, b = make_vector(1), make_vector(2, layers=range(5, 20), size=0.5)
+    recipe = Recipe((Term(-1.0, b, keep_norm=True), Term(1.0, a)))
+    found = []
+    for path in PATHS:
+        llm = load(**options)
+        steering = mien.attach(llm, path=path)
+        steering.set(a)
+        added = prefill_and_decode(llm, 40)
+        steering.set(recipe)
+        found.append(prefill_and_decode(llm, 40))
+        assert {done.path for done in steering.applied.layers.values()} == {path}
+        assert not same(found[-1], added)
+        steering.clear()
+    assert same(*found)
 
 
 # ---- what was really done ----

@@ -18,6 +18,7 @@ import mien
 import numpy as np
 import pytest
 from makers import DictRegistry, make_vector, same_bits
+from mien import reference
 from mien.errors import MienError, ModelMismatch, NameNotFound, RecipeError, RuntimeNotSupported, VectorError
 from mien.program import NOTHING
 from mien.recipe import Recipe, Term, parse
@@ -26,6 +27,7 @@ from mien.steering import Applied, Steering
 from mien.vector import Floats, Vector
 
 TOKENS = [3, 14, 15, 9, 26, 5]
+WINDOWED = 'joy(0.5, when="prompt") - fear(0.25, when="all") + joy(when="response")/2'
 
 
 class Bench:
@@ -81,8 +83,30 @@ def llama_bench(path: str) -> Callable[[pytest.FixtureRequest, int], Bench]:
     return make
 
 
+def hf_bench(request: pytest.FixtureRequest, seed: int) -> Bench:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    @torch.no_grad()
+    def logits(model: Any) -> Floats:
+        found: Floats = model(torch.tensor([TOKENS])).logits[0].numpy()
+        return found
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return Bench(LlamaForCausalLM(config).eval(), logits, size=0.5)
+
+
 RUNTIMES = [
     pytest.param(numpy_bench, id="numpy"),
+    pytest.param(hf_bench, id="transformers"),
     pytest.param(llama_bench("in-graph"), id="llama-in-graph", marks=pytest.mark.model),
     pytest.param(llama_bench("post-compute"), id="llama-post-compute", marks=pytest.mark.model),
 ]
@@ -124,7 +148,20 @@ def test_attached_cleared_and_detached_are_bit_identical_to_never_attached(attac
     assert bench.is_plain()
 
 
-@pytest.mark.parametrize("nothing", [None, "", "joy - joy", "0*joy", {}, {"joy": 0}, NOTHING])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        None,
+        "",
+        "joy - joy",
+        "0*joy",
+        "joy(0)",
+        '(joy - joy)(keep_norm=True, when="prompt")',
+        {},
+        {"joy": 0},
+        NOTHING,
+    ],
+)
 def test_a_recipe_that_says_nothing_does_nothing(attached: Attached, nothing: Any) -> None:
     bench, steering = attached
     steering.set("joy")
@@ -138,7 +175,7 @@ def test_the_same_recipe_gives_the_same_bits_however_it_is_written(attached: Att
     bench, steering = attached
     steering.set("0.5*joy - 0.25*fear")
     expected = bench.logits()
-    for same in ("-fear/4 + joy/2", {"fear": -0.25, "joy": 0.5}, "joy - (fear + 2*joy)/4"):
+    for same in ("-fear/4 + joy/2", {"fear": -0.25, "joy": 0.5}, "joy - (fear + 2*joy)/4", WINDOWED):
         steering.set(same)
         assert same_bits(bench.logits(), expected)
 
@@ -146,13 +183,48 @@ def test_the_same_recipe_gives_the_same_bits_however_it_is_written(attached: Att
 def test_equal_programs_have_equal_keys(attached: Attached) -> None:
     bench, steering = attached
     bench.registry.vectors["happy"] = replace(bench.joy, name="happy")
-    key = steering.compile("2*joy - fear").key
-    assert key == steering.compile("-fear + joy + happy").key
+    program = steering.compile("2*joy - fear")
+    key = program.prompt.key
+    assert program.response is program.prompt
+    assert key == steering.compile("-fear + joy + happy").prompt.key
     assert dict(key) == {bench.joy.digest: 2.0, bench.fear.digest: -1.0}
-    assert steering.compile("joy - happy").key == NOTHING.key
-    assert key not in (steering.compile("2*joy").key, steering.compile("joy - fear").key)
+    assert steering.compile("joy - happy").prompt.key == NOTHING.prompt.key
+    assert key not in (steering.compile("2*joy").prompt.key, steering.compile("joy - fear").prompt.key)
     steering.set("joy + happy - 2*joy")
     assert bench.is_plain()
+
+
+def test_a_key_tells_how_a_vector_is_added(attached: Attached) -> None:
+    bench, steering = attached
+    bench.registry.vectors["happy"] = replace(bench.joy, name="happy")
+    texts = ["", "joy", "2*joy", "joy(keep_norm=True)", "joy + joy(keep_norm=True)", "2*joy(keep_norm=True)"]
+    assert len({steering.compile(text).prompt.key for text in texts}) == len(texts)
+    twice = steering.compile("(joy + happy)(keep_norm=True)")
+    assert twice.prompt.key == steering.compile(texts[-1]).prompt.key
+    assert hash(twice.prompt.key) == hash(steering.compile(texts[-1]).prompt.key)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "response"),
+    [
+        ('joy(when="prompt")', "joy", ""),
+        ('joy(when="response")', "", "joy"),
+        ('joy + fear(2, when="response")', "joy", "joy + 2*fear"),
+        ('joy - joy(when="prompt")', "", "joy"),
+        ('joy(when="prompt") + joy(when="response")', "joy", "joy"),
+        ('joy(when="prompt", keep_norm=True) + joy', "joy + joy(keep_norm=True)", "joy"),
+        ('one(when="prompt") - fear(when="response")', "one", "-fear"),
+    ],
+)
+def test_windows_part_a_program(attached: Attached, text: str, prompt: str, response: str) -> None:
+    _, steering = attached
+    program, of_prompt, of_response = map(steering.compile, (text, prompt, response))
+    assert program.prompt.key == of_prompt.prompt.key
+    assert program.response.key == of_response.response.key
+    assert program.prompt.layers == of_prompt.layers
+    assert program.response.layers == of_response.layers
+    assert program.layers == tuple(sorted({*of_prompt.layers, *of_response.layers}))
+    assert program.recipe == parse(text)
 
 
 # What a vector does.
@@ -170,6 +242,71 @@ def test_nothing_before_the_layer_and_exactly_the_vector_at_it(attached: Attache
         assert not same_bits(steered[layer], plain[layer])
 
 
+@pytest.mark.parametrize("coefficient", [1.0, -3.0, 1e3])
+def test_a_kept_norm_is_the_reference_and_the_row_as_long_as_it_was(
+    attached: Attached, coefficient: float
+) -> None:
+    bench, steering = attached
+    plain = steering.capture(TOKENS, [1, 2, 3], len(TOKENS))
+    steering.set(f"{coefficient}*one(keep_norm=True)")
+    steered = steering.capture(TOKENS, [1, 2, 3], len(TOKENS))
+    direction = reference.combine([(coefficient, bench.one)], 2)
+    assert same_bits(steered[0], plain[0])
+    np.testing.assert_allclose(steered[1], reference.add_keep_norm(plain[1], direction), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(steered[1].astype(np.float64), axis=1),
+        np.linalg.norm(plain[1].astype(np.float64), axis=1),
+        rtol=1e-6,
+    )
+    assert not np.allclose(steered[1], plain[1], rtol=1e-3)
+    assert not same_bits(steered[2], plain[2])
+    moved = np.linalg.norm((steered - plain)[1].astype(np.float64), axis=1)
+    applied = steering.applied
+    assert list(applied.layers) == [2]
+    assert applied.layers[2].rows == len(TOKENS)
+    assert applied.layers[2].shift == pytest.approx(float(np.sqrt((moved**2).mean())), rel=1e-5)
+
+
+def test_at_one_layer_what_is_added_comes_before_what_keeps_the_norm(attached: Attached) -> None:
+    bench, steering = attached
+    plain = steering.capture(TOKENS, [2], len(TOKENS))[0]
+    added = reference.add(plain, bench.one.directions[2])
+    expected = reference.add_keep_norm(added, reference.combine([(-3.0, bench.one)], 2))
+    for text in ("one - 3*one(keep_norm=True)", "-3*one(keep_norm=True) + one"):
+        steering.set(text)
+        steered = steering.capture(TOKENS, [2], len(TOKENS))[0]
+        np.testing.assert_allclose(steered, expected, rtol=1e-6)
+        moved = np.linalg.norm((steered - plain).astype(np.float64), axis=1)
+        shift = steering.applied.layers[2].shift  # of both together
+        assert shift == pytest.approx(float(np.sqrt((moved**2).mean())), rel=1e-5)
+
+
+def test_a_window_on_the_response_leaves_a_prompt_alone(attached: Attached) -> None:
+    bench, steering = attached
+    plain = steering.capture(TOKENS, last=len(TOKENS))
+    steering.set('joy(when="response") - fear(keep_norm=True, when="response")')
+    assert bench.is_plain()
+    assert same_bits(steering.capture(TOKENS, last=len(TOKENS)), plain)
+    assert not steering.applied.layers
+    steering.set("fear")
+    expected = bench.logits()
+    steering.set('fear + joy(when="response")')
+    assert same_bits(bench.logits(), expected)
+
+
+def test_a_window_on_the_prompt_is_no_window_on_a_prompt(attached: Attached) -> None:
+    bench, steering = attached
+    for text in ("joy - 0.5*fear", "(joy - 0.5*fear)(keep_norm=True)"):
+        steering.set(text)
+        expected = bench.logits()
+        rows = steering.capture(TOKENS, last=len(TOKENS))
+        steering.set(f'({text})(when="prompt")')
+        assert same_bits(bench.logits(), expected)
+        assert same_bits(steering.capture(TOKENS, last=len(TOKENS)), rows)
+        assert list(steering.applied.layers) == list(bench.joy.layers)
+        assert not bench.is_plain()
+
+
 def test_capture_takes_the_last_tokens_of_the_layers_asked_for(attached: Attached) -> None:
     _, steering = attached
     steering.set("joy")
@@ -183,7 +320,7 @@ def test_what_is_said_to_be_applied_is_what_a_capture_sees(attached: Attached) -
     plain = steering.capture(TOKENS, [2], len(TOKENS))
     steering.set("-0.5*one")
     steered = steering.capture(TOKENS, [2], len(TOKENS))
-    moved = np.linalg.norm((steered - plain)[0].astype(np.float64), axis=1)
+    moved = np.linalg.norm((steered.astype(np.float64) - plain)[0], axis=1)
     applied = steering.applied
     assert applied.recipe == parse("-0.5*one")
     assert list(applied.layers) == [2]
@@ -253,9 +390,10 @@ def huge(bench: Bench) -> Vector:
     )
 
 
-def foreign_program(_: Bench) -> Any:
+def foreign_program(_: Bench, when: str = "all") -> Any:
+    wide = Vector("wide", (1,), np.ones((1, 16), dtype=np.float32))
     with mien.attach(NumpyModel(n_layer=3, n_embd=16)) as other:
-        return other.compile(Vector("wide", (1,), np.ones((1, 16), dtype=np.float32)))
+        return other.compile(Recipe((Term(1.0, wide, when),)))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +404,14 @@ def foreign_program(_: Bench) -> Any:
         (lambda _: "joy + alien", ModelMismatch, r"^alien does not fit .*made for layers 6, the model has"),
         (lambda bench: bench.alien, ModelMismatch, r"^alien does not fit .*made for n_embd 5, the model has"),
         (foreign_program, ModelMismatch, r"^wide does not fit .*it has 16 values a layer, the model \d+"),
+        (lambda _: 'joy - alien(when="response")', ModelMismatch, r"^alien does not fit "),
+        (lambda _: foreign_program(_, "prompt"), ModelMismatch, r"^wide does not fit "),
+        (lambda _: foreign_program(_, "response"), ModelMismatch, r"^wide does not fit "),
         (lambda bench: Recipe((Term(1.5, huge(bench)),)), VectorError, "add up to NaN or infinity"),
+        (lambda bench: Recipe((Term(1.5, huge(bench), "prompt"),)), VectorError, "add up to NaN or infinity"),
+        (lambda bench: Recipe((Term(-1.5, huge(bench), "response"),)), VectorError, "add up to NaN or inf"),
+        (lambda bench: Recipe((Term(1.5, huge(bench), "all", True),)), VectorError, "add up to NaN or inf"),
+        (lambda _: 'joy(when="later")', RecipeError, "^recipe: when: expected one of 'all', 'prompt', 'resp"),
         (lambda _: {"joy": float("nan")}, RecipeError, "expected a finite number, got nan"),
         (lambda _: 0.5, RecipeError, "expected text, a Vector or"),
     ],
@@ -373,6 +518,8 @@ def test_a_detached_steering_says_so(use: Callable[[Steering], Any]) -> None:
 
 def test_attaching_twice_is_refused_and_changes_nothing(attached: Attached) -> None:
     bench, steering = attached
+    if steering.describe()["runtime"].startswith("transformers"):
+        pytest.skip("transformers takes several attachments at once; test_hf has the tests of that")
     steering.set("joy")
     steered = bench.logits()
     with pytest.raises(RuntimeNotSupported, match="attached already"):
@@ -428,7 +575,9 @@ def test_a_capture_of_what_there_is_not_is_refused(layers: list[int] | None, las
 
 @pytest.mark.parametrize("model", [None, object(), "model.gguf", NumpyModel])
 def test_what_is_no_model_is_refused(model: Any) -> None:
-    with pytest.raises(RuntimeNotSupported, match=r"^expected a llama_cpp.Llama, got builtins\.\w+$"):
+    with pytest.raises(
+        RuntimeNotSupported, match=r"^expected a llama_cpp.Llama or a transformers model, got builtins\.\w+$"
+    ):
         mien.attach(model)
 
 

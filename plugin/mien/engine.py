@@ -59,23 +59,35 @@ class VectorLike(Protocol):
     def rows(self) -> Floats: ...
 
 
+OPERATIONS: dict[str, int] = {"add": lib.MIEN_OP_ADD, "add_keep_norm": lib.MIEN_OP_ADD_KEEP_NORM}
+
+
 class CompiledProgram:
     """An immutable program in C memory.
 
-    terms: (coefficient, vector) pairs, added up in their order. Raises VectorError where the sum is
-    not finite. Any thread may apply it.
+    added, norm_kept: (coefficient, vector) pairs, each summed up in their order and added to a row; the
+    second sum gives the row its length back afterwards. Raises VectorError where a sum is not finite.
+    Any thread may apply it.
     """
 
-    def __init__(self, n_layer: int, n_embd: int, terms: Sequence[tuple[float, VectorLike]]) -> None:
+    def __init__(
+        self,
+        n_layer: int,
+        n_embd: int,
+        added: Sequence[tuple[float, VectorLike]],
+        norm_kept: Sequence[tuple[float, VectorLike]] = (),
+    ) -> None:
+        terms = [(lib.MIEN_OP_ADD, *dose) for dose in added]
+        terms += [(lib.MIEN_OP_ADD_KEEP_NORM, *dose) for dose in norm_kept]
         array = ffi.new("mien_term[]", max(len(terms), 1))
         keep = []  # cffi arrays that C reads during the call
-        for term, (coefficient, vector) in zip(array, terms):
+        for term, (op, coefficient, vector) in zip(array, terms):
             if vector.rows.shape[1] != n_embd:
                 raise ValueError(f"expected rows of {n_embd}, got {vector.rows.shape[1]}")
             layers = ffi.from_buffer("int32_t[]", vector.layer_ids)
             rows = ffi.from_buffer("float[]", vector.rows)
             keep += [layers, rows]
-            term.op, term.site = lib.MIEN_OP_ADD, lib.MIEN_SITE_RESIDUAL
+            term.op, term.site = op, lib.MIEN_SITE_RESIDUAL
             term.coefficient = coefficient
             term.n_rows = vector.rows.shape[0]
             term.layers, term.rows = layers, rows
@@ -91,6 +103,13 @@ class CompiledProgram:
         count = lib.mien_program_layers(self.handle, lib.MIEN_SITE_RESIDUAL, out)
         return list(out[0:count])
 
+    def direction(self, layer: int, operation: str) -> Floats | None:
+        """What a key of OPERATIONS adds at `layer`, float32 (n_embd,), a copy; None for nothing."""
+        found = lib.mien_program_direction(self.handle, lib.MIEN_SITE_RESIDUAL, layer, OPERATIONS[operation])
+        if not found:
+            return None
+        return np.frombuffer(ffi.buffer(found, 4 * self.n_embd), dtype=np.float32).copy()
+
     def apply(self, layer: int, rows: Floats) -> float:
         """Steer `rows` (float32, C-contiguous, n x n_embd) in place.
 
@@ -101,6 +120,17 @@ class CompiledProgram:
         data = ffi.from_buffer("float[]", rows, require_writable=True)
         moved = lib.mien_program_apply(self.handle, lib.MIEN_SITE_RESIDUAL, layer, data, len(rows))
         return cast(float, moved)
+
+
+def apply_at(program: CompiledProgram, layer: int, address: int, n_rows: int) -> float:
+    """CompiledProgram.apply on memory that somebody else owns: short, for a runtime's own loop.
+
+    address: of n_rows contiguous rows of n_embd float32, which no one else writes meanwhile. Nothing is
+    checked.
+    """
+    data = ffi.cast("float *", address)
+    moved = lib.mien_program_apply(program.handle, lib.MIEN_SITE_RESIDUAL, layer, data, n_rows)
+    return cast(float, moved)
 
 
 def symbols() -> list[str]:

@@ -8,31 +8,42 @@ from functools import cached_property
 from typing import TypeAlias
 
 from .engine import CompiledProgram
-from .errors import ModelMismatch
+from .errors import ModelMismatch, RecipeError
 from .fingerprint import Fingerprint
-from .recipe import Recipe
+from .recipe import WINDOWS, Recipe
 from .vector import Vector
 
-# Which floats a program adds: (vector digest, coefficient) pairs in order. Equal keys are equal
-# programs, also in another process, so a KV cache can be told by them; () is no steering.
+# Which floats a part adds: (what, coefficient) pairs in order, `what` being a vector's digest and how it
+# is added. Equal keys are equal parts, also in another process, so a KV cache can be told by them; () is
+# no steering.
 Key: TypeAlias = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
-class Program:
-    """A recipe compiled for one model; immutable, and cheap to swap in.
+class Dose:
+    """`coefficient` times `vector`, added plainly or, where `keep_norm`, so that the row keeps its length."""
 
-    recipe: what it was compiled from. doses: (coefficient, vector) pairs in the order in which they
-    are added up. compiled: the engine's side, None when it does nothing.
+    coefficient: float
+    vector: Vector
+    keep_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a program does to one kind of token; immutable.
+
+    doses: in the order in which they are added up. compiled: the engine's side, None for nothing.
     """
 
-    recipe: Recipe
-    doses: tuple[tuple[float, Vector], ...]
+    doses: tuple[Dose, ...]
     compiled: CompiledProgram | None
 
     @cached_property
     def key(self) -> Key:
-        return tuple((vector.digest, coefficient) for coefficient, vector in self.doses)
+        return tuple(
+            (f"{dose.vector.digest}{' keep_norm' if dose.keep_norm else ''}", dose.coefficient)
+            for dose in self.doses
+        )
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -40,7 +51,31 @@ class Program:
         return tuple(self.compiled.layers) if self.compiled else ()
 
 
-NOTHING = Program(Recipe(), (), None)
+@dataclass(frozen=True)
+class Program:
+    """A recipe compiled for one model; immutable, and cheap to swap in.
+
+    recipe: what it was compiled from. prompt: what is done to the tokens that a model is given;
+    response: to those that it made itself. One object where no term has a window.
+    """
+
+    recipe: Recipe
+    prompt: Part
+    response: Part
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The different ones."""
+        return (self.prompt,) if self.prompt is self.response else (self.prompt, self.response)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Where it acts on any token, ascending."""
+        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
+
+
+_NO_PART = Part((), None)
+NOTHING = Program(Recipe(), _NO_PART, _NO_PART)
 
 
 def compile_recipe(recipe: Recipe, model: Fingerprint, find: Callable[[str], Vector]) -> Program:
@@ -48,17 +83,38 @@ def compile_recipe(recipe: Recipe, model: Fingerprint, find: Callable[[str], Vec
 
     Terms are put in the order of their vectors' digests, so that the same dose written in another way
     gives the same bits. Raises what `find` raises, ModelMismatch where a vector is for another model,
-    VectorError where the sum is not finite.
+    VectorError where the sum is not finite, RecipeError for a window that there is not.
     """
-    doses: dict[str, tuple[float, Vector]] = {}
+    terms = []
     for term in recipe.terms:
+        if term.when not in WINDOWS:
+            raise RecipeError(f"when: expected one of {', '.join(map(repr, WINDOWS))}, got {term.when!r}")
         vector = find(term.vector) if isinstance(term.vector, str) else term.vector
         require_fit(vector, model)
-        coefficient = term.coefficient + doses.get(vector.digest, (0.0, vector))[0]
-        doses[vector.digest] = (coefficient, vector)
-    kept = tuple(dose for _, dose in sorted(doses.items()) if dose[0] != 0)
-    compiled = CompiledProgram(model.n_layer, model.n_embd, kept) if kept else None
-    return Program(recipe, kept, compiled)
+        terms.append((term.when, Dose(term.coefficient, vector, term.keep_norm)))
+    prompt = _part([dose for when, dose in terms if when != "response"], model)
+    if all(when == "all" for when, _ in terms):
+        return Program(recipe, prompt, prompt)
+    return Program(recipe, prompt, _part([dose for when, dose in terms if when != "prompt"], model))
+
+
+def _part(doses: list[Dose], model: Fingerprint) -> Part:
+    merged: dict[tuple[str, bool], Dose] = {}
+    for dose in doses:
+        place = dose.vector.digest, dose.keep_norm
+        if place in merged:
+            dose = Dose(dose.coefficient + merged[place].coefficient, dose.vector, dose.keep_norm)
+        merged[place] = dose
+    kept = tuple(merged[place] for place in sorted(merged) if merged[place].coefficient != 0)
+    if not kept:
+        return _NO_PART
+    compiled = CompiledProgram(
+        model.n_layer,
+        model.n_embd,
+        [(dose.coefficient, dose.vector) for dose in kept if not dose.keep_norm],
+        [(dose.coefficient, dose.vector) for dose in kept if dose.keep_norm],
+    )
+    return Part(kept, compiled)
 
 
 def require_fit(vector: Vector, model: Fingerprint) -> None:

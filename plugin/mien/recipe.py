@@ -3,11 +3,17 @@
     joy
     0.8*joy - 0.3*anger
     2 * (joy - smollm2_135m_instruct.fear) / 3
+    joy(0.7, when="response") + (calm - anger)(keep_norm=True)
 
 A recipe is a Python expression, parsed with `ast` and never evaluated as code. This version knows
 numbers, names, `pack.name`, `+ - * /`, unary minus and parentheses, as far as the result is linear in
-the vectors. Calls (operators such as `ablate(...)`, windows such as `joy(when="response")`) are
-refused with a message that says so.
+the vectors, and calls on a vector or a sum of them:
+
+    x(0.7)                0.7 * x
+    x(when="response")    only on tokens of the reply; "prompt": only on what the model is given
+    x(keep_norm=True)     add, and give the row its length back
+
+Operators (`ablate(...)` and the like) are refused with a message that says so.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .errors import RecipeError
 
@@ -28,24 +34,37 @@ if TYPE_CHECKING:
 MAX_LENGTH = 4096
 MAX_DEPTH = 100
 
+WINDOWS = ("all", "prompt", "response")
+
 _BLANK = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
 class Term:
-    """`coefficient` (a dose: 1.0 is the strongest fluent one) times a vector or the name of one."""
+    """`coefficient` (a dose: 1.0 is the strongest fluent one) times a vector or the name of one.
+
+    when: the tokens it acts on, one of WINDOWS. keep_norm: whether the row gets its length back.
+    """
 
     coefficient: float
     vector: str | Vector
+    when: str = "all"
+    keep_norm: bool = False
 
     @property
     def name(self) -> str:
         return self.vector if isinstance(self.vector, str) else self.vector.name
 
+    @property
+    def call(self) -> str:
+        """What follows the name in a recipe's text."""
+        said = [f'when="{self.when}"'] * (self.when != "all") + ["keep_norm=True"] * self.keep_norm
+        return f"({', '.join(said)})" if said else ""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sum of terms, each vector once, none with coefficient 0. Empty: no steering."""
+    """A sum of terms, none twice in the same manner, none with coefficient 0. Empty: no steering."""
 
     terms: tuple[Term, ...] = ()
 
@@ -55,7 +74,9 @@ class Recipe:
         for term in self.terms:
             sign = "-" if term.coefficient < 0 else "+"
             size = abs(term.coefficient)
-            body = term.name if size == 1 else f"{size!r}*{term.name}"
+            body = f"{term.name}{term.call}"
+            if size != 1:
+                body = f"{size!r}*{body}"
             parts.append(f"{sign} {body}")
         text = " ".join(parts)
         return text[2:] if text.startswith("+ ") else text.replace("- ", "-", 1)
@@ -126,10 +147,18 @@ def parse(text: str) -> Recipe:
         if value == 0:
             return Recipe()
         raise RecipeError(f"the number {value:g} alone steers nothing; name a vector", text, 0)
-    return Recipe(tuple(Term(c, name) for name, c in value.items() if c != 0))
+    return Recipe(tuple(Term(c, *manner) for manner, c in value.items() if c != 0))
 
 
-Linear: TypeAlias = "float | dict[str, float]"  # a number, or {name: coefficient}
+class _Manner(NamedTuple):
+    """A vector's name and how it is added: the rest of a Term."""
+
+    name: str
+    when: str = "all"
+    keep_norm: bool = False
+
+
+Linear: TypeAlias = "float | dict[_Manner, float]"  # a number, or coefficients
 
 
 class _Reader:
@@ -148,21 +177,56 @@ class _Reader:
         if kind is ast.BinOp:
             return self.binary(node, depth)  # type: ignore[arg-type]  # by kind
         if kind is ast.Name:
-            return {node.id: 1.0}  # type: ignore[attr-defined]
+            return {_Manner(node.id): 1.0}  # type: ignore[attr-defined]
         if kind is ast.Constant and type(node.value) in (int, float):  # type: ignore[attr-defined]
             return self.finite(node.value, node)  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            return {f"{node.value.id}.{node.attr}": 1.0}
+            return {_Manner(f"{node.value.id}.{node.attr}"): 1.0}
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
             sign = -1.0 if isinstance(node.op, ast.USub) else 1.0
             return self.scaled(self.value(node.operand, depth + 1), sign, node)
         if isinstance(node, ast.Call):
+            return self.call(node, depth)
+        raise self.error(f"{kind.__name__} has no meaning in a recipe; use numbers, names, + - * /", node)
+
+    def call(self, node: ast.Call, depth: int) -> Linear:
+        value = self.value(node.func, depth + 1)
+        if isinstance(value, float):
+            raise self.error("a number can't be called; write * between a number and a vector", node)
+        doses = [self.value(argument, depth + 1) for argument in node.args]
+        if len(doses) > 1 or any(not isinstance(dose, float) for dose in doses):
             raise self.error(
-                "operators and windows in call form are not in this version yet; "
-                "it knows numbers, names, + - * / and parentheses",
+                "a call takes one number, the dose, when= and keep_norm=; operators such as ablate(...) are "
+                "not in this version yet",
                 node,
             )
-        raise self.error(f"{kind.__name__} has no meaning in a recipe; use numbers, names, + - * /", node)
+        for dose in doses:
+            value = {manner: self.finite(c * dose, node) for manner, c in value.items()}  # type: ignore[operator]
+        if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
+            raise self.error("a keyword is given twice", node)
+        for keyword in node.keywords:
+            value = self.changed(value, keyword)
+        return value
+
+    def changed(self, value: dict[_Manner, float], keyword: ast.keyword) -> dict[_Manner, float]:
+        """`value` with every term added in the manner that the keyword says."""
+        name, said = keyword.arg, getattr(keyword.value, "value", None)
+        if name == "when":
+            if said not in WINDOWS:
+                raise self.error(f"when: expected one of {', '.join(map(repr, WINDOWS))}", keyword.value)
+        elif name == "keep_norm":
+            if not isinstance(said, bool):
+                raise self.error("keep_norm: expected True or False", keyword.value)
+        else:
+            raise self.error(
+                f"no {name or '**'} here; a call takes a dose, when= and keep_norm=", keyword.value
+            )
+        result: dict[_Manner, float] = {}
+        for manner, coefficient in value.items():
+            if getattr(manner, name) != _Manner._field_defaults[name]:
+                raise self.error(f"{name} is given twice for {manner.name}", keyword.value)
+            result[manner._replace(**{name: said})] = coefficient  # type: ignore[arg-type]  # checked above
+        return result
 
     def binary(self, node: ast.BinOp, depth: int) -> Linear:
         kind = type(node.op)
@@ -184,13 +248,13 @@ class _Reader:
                 raise self.error("division by zero", node)
             if isinstance(a, float):
                 return self.finite(a / b, node)
-            return {name: self.finite(c / b, node) for name, c in a.items()}
+            return {manner: self.finite(c / b, node) for manner, c in a.items()}
         raise self.error(f"{kind.__name__} has no meaning in a recipe; use + - * /", node)
 
     def added(self, a: Linear, b: Linear, sign: float, node: ast.expr) -> Linear:
         if isinstance(a, dict) and isinstance(b, dict):
-            for name, coefficient in b.items():  # `a` is nobody else's
-                a[name] = self.finite(a.get(name, 0.0) + sign * coefficient, node)
+            for manner, coefficient in b.items():  # `a` is nobody else's
+                a[manner] = self.finite(a.get(manner, 0.0) + sign * coefficient, node)
             return a
         if isinstance(a, float) and isinstance(b, float):
             return self.finite(a + sign * b, node)
@@ -199,8 +263,8 @@ class _Reader:
     def scaled(self, value: Linear, factor: float, node: ast.expr) -> Linear:
         if isinstance(value, float):
             return self.finite(value * factor, node)
-        for name, coefficient in value.items():
-            value[name] = self.finite(coefficient * factor, node)
+        for manner, coefficient in value.items():
+            value[manner] = self.finite(coefficient * factor, node)
         return value
 
     def finite(self, number: float, node: ast.expr) -> float:

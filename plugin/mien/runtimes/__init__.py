@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RuntimeNotSupported
@@ -16,17 +17,25 @@ def attach(
     *,
     path: str = "auto",
     mix_cache: bool = False,
+    layers: str | Sequence[Any] | None = None,
+    tokenizer: Any = None,
     registry: Registry | None = None,
 ) -> Steering:
     """Prepare `model` to be steered; nothing changes until a recipe is set.
 
-    model: a llama_cpp.Llama (or mien's own NumPy model, `mien.runtimes.fake.NumpyModel`).
+    model: a llama_cpp.Llama, a transformers model (or mien's own NumPy model,
+    `mien.runtimes.fake.NumpyModel`).
     path: "auto", "in-graph" or "post-compute"; how llama.cpp's activations are reached.
-    mix_cache: let a prompt's KV cache computed under another recipe be reused (not by default).
+    mix_cache: let a prompt's KV cache computed under another recipe be reused (not by default). Llama.cpp
+    only: to transformers a cache is passed by its user.
+    layers: where a transformers model has its decoder layers, if that can't be told from the model: the
+    path of a module list, such as "model.layers", or the modules.
+    tokenizer: of a transformers model, which does not know its vocabulary: with it vectors that were made
+    for another vocabulary are refused.
     registry: where names in recipes are looked up; by default the packs on the search path.
 
-    Raises RuntimeNotSupported if it is no such model, is closed or is attached already. On error the
-    model is as it was.
+    Raises RuntimeNotSupported if it is no such model, is closed, has no weights, or, in llama.cpp, is
+    attached already. On error the model is as it was.
     """
     from ..steering import Steering
 
@@ -38,10 +47,16 @@ def attach(
         from .llama import LlamaRuntime
 
         return Steering(LlamaRuntime(model, path=path, mix_cache=mix_cache), registry)
+    if "transformers.PreTrainedModel" in homes:
+        from .hf import HFRuntime
+
+        return Steering(HFRuntime(model, layers=layers, tokenizer=tokenizer), registry)
     if "mien.NumpyModel" in homes:
         from .fake import NumpyRuntime
 
         return Steering(NumpyRuntime(model), registry)
+    hint = "; attach first and compile then" if "torch.OptimizedModule" in homes else ""
     raise RuntimeNotSupported(
-        f"expected a llama_cpp.Llama, got {type(model).__module__}.{type(model).__qualname__}"
+        f"expected a llama_cpp.Llama or a transformers model, got {type(model).__module__}."
+        f"{type(model).__qualname__}{hint}"
     )

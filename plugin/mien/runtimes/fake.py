@@ -14,7 +14,7 @@ from .. import reference
 from ..errors import RuntimeNotSupported
 from ..fingerprint import Fingerprint, vocabulary_digest
 from ..program import NOTHING, Program
-from ..steering import Applied, LayerApplied
+from ..steering import Applied, LayerApplied, Programs
 from ..vector import Floats
 
 
@@ -47,6 +47,8 @@ class NumpyModel:
 class NumpyRuntime:
     """Steers a NumpyModel by the reference formulas."""
 
+    takes_rows = False
+
     def __init__(self, model: NumpyModel) -> None:
         if model.on_block is not None:
             raise RuntimeNotSupported("this model is attached already; detach() first")
@@ -54,23 +56,24 @@ class NumpyRuntime:
         self._model = model
         self._program = NOTHING
         self._applied = Applied(NOTHING.recipe, {})
-        self._directions: dict[int, Floats] = {}
         model.on_block = self._on_block
 
-    def swap(self, program: Program) -> None:
+    def swap(self, program: Programs) -> None:
+        assert isinstance(program, Program)
         self._program = program
-        self._directions = {}
-        for layer in program.layers:
-            direction = reference.combine(program.doses, layer)
-            if direction is not None:
-                self._directions[layer] = direction
 
     def _on_block(self, layer: int, h: Floats) -> Floats:
         if layer == 0:
             self._applied = Applied(self._program.recipe, {})
-        if layer not in self._directions:
+        part = self._program.prompt  # there is no cache here: every token is one that the model is given
+        if layer not in part.layers:
             return h
-        steered = reference.add(h, self._directions[layer])
+        steered = h
+        for keep_norm, operator in ((False, reference.add), (True, reference.add_keep_norm)):
+            doses = [(dose.coefficient, dose.vector) for dose in part.doses if dose.keep_norm is keep_norm]
+            direction = reference.combine(doses, layer)
+            if direction is not None:
+                steered = operator(steered, direction)
         lengths = np.linalg.norm((steered - h).astype(np.float64), axis=1)
         shift = float(np.sqrt((lengths**2).mean()))
         self._applied.layers[layer] = LayerApplied(len(h), shift, "numpy")

@@ -22,8 +22,8 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from .. import engine
 from ..errors import RuntimeNotSupported, SteeringNotApplied
 from ..fingerprint import Fingerprint, vocabulary_digest
-from ..program import NOTHING, Key, Program
-from ..steering import Applied, LayerApplied
+from ..program import NOTHING, Key, Part, Program
+from ..steering import Applied, LayerApplied, Programs
 from ..vector import Floats
 
 # What each position of the KV cache was computed under; None where that is not known.
@@ -39,14 +39,19 @@ def probe_path() -> tuple[str, str]:
 class LlamaRuntime:
     """Delivers the activations of one `llama_cpp.Llama` to programs."""
 
+    takes_rows = False
+
     def __init__(self, llm: Any, *, path: str = "auto", mix_cache: bool = False) -> None:
         _require_attachable(llm)
         self.fingerprint = fingerprint_of(llm)
         self.mix_cache = mix_cache
         self.program = NOTHING
         self.tags: Tags = [()] * llm.n_tokens
+        # While `generate`, `eval` or `capture` runs: where what the model was given ends. Positions from
+        # there on are its own.
+        self.prompt_end: int | None = None
         self._llm = llm
-        self._last = NOTHING
+        self._last = NOTHING, NOTHING.prompt
         addresses = [_address(name) for name in engine.symbols()]
         self.hook = engine.Hook(addresses, self.fingerprint.n_layer, self.fingerprint.n_embd, path)
 
@@ -59,52 +64,57 @@ class LlamaRuntime:
         llm._ctx.__class__ = _subclass(_SteeredContext, type(llm._ctx))
         llm.__class__ = _subclass(_SteeredLlama, type(llm))
 
-    def swap(self, program: Program) -> None:
+    def swap(self, program: Programs) -> None:
+        assert isinstance(program, Program)
         if self._llm._ctx.ctx is None:
             raise RuntimeNotSupported("this model is closed")
-        self.hook.swap(program.compiled)
+        self.hook.swap(program.response.compiled)
         self.program = program
 
-    def begin(self, batch: Any) -> tuple[Program, int]:
-        """Before a llama_decode of the raw `batch`: pin the program of this moment.
+    def begin(self, batch: Any) -> tuple[Program, Part, int]:
+        """Before a llama_decode of the raw `batch`: pin the part of this moment's program that acts on it.
 
-        Returns it and the batch's first position, -1 where its positions are not in order. Runs once a
-        token, when everything has left the caches: short on purpose, as is `finish`.
+        Returns both, and the batch's first position, -1 where its positions are not in order. Runs once
+        a token, when everything has left the caches: short on purpose, as is `finish`.
         """
         program, positions, count = self.program, batch.pos, batch.n_tokens
         first: int = positions[0]
+        if self.prompt_end is not None:
+            part = program.prompt if first < self.prompt_end else program.response
+        else:  # somebody's own loop: many tokens, or the first, are given; one more is the model's own
+            part = program.prompt if count > 1 or first == 0 else program.response
         if count > 1 and positions[count - 1] - first != count - 1:
             first = -1
         del self.tags[max(first, 0) :]  # not known until it has succeeded
-        self.hook.begin(program.compiled)
-        return program, first
+        self.hook.begin(part.compiled)
+        return program, part, first
 
-    def finish(self, program: Program, first: int, count: int, status: int) -> None:
+    def finish(self, program: Program, part: Part, first: int, count: int, status: int) -> None:
         """After it has succeeded: tag the KV cache. Raises SteeringNotApplied."""
-        self._last = program
+        self._last = program, part
         if status:
-            self._raise(program, status)
+            self._raise(part, status)
         if first == len(self.tags):
-            self.tags.extend([program.key] * count)
+            self.tags.extend([part.key] * count)
         elif first >= 0:
-            self.tags += [None] * (first - len(self.tags)) + [program.key] * count
+            self.tags += [None] * (first - len(self.tags)) + [part.key] * count
 
-    def _raise(self, program: Program, status: int) -> None:
+    def _raise(self, part: Part, status: int) -> None:
         try:
             engine.check(status)
         except SteeringNotApplied as error:
-            missing = [layer for layer in program.layers if not self.hook.applied(layer)[3]]
+            missing = [layer for layer in part.layers if not self.hook.applied(layer)[3]]
             raise SteeringNotApplied(
-                f"{error}: {missing or list(program.layers)}. This build of llama.cpp does not name the "
+                f"{error}: {missing or list(part.layers)}. This build of llama.cpp does not name the "
                 f"block outputs of {self.fingerprint.architecture} models as expected (l_out-N)",
                 missing,
             ) from None
 
     def drop_other_recipes(self) -> None:
-        """Shorten what the Llama believes to be cached to what this recipe computed."""
+        """Shorten what the Llama believes to be cached to what this recipe computes of a prompt."""
         if self.mix_cache:
             return
-        llm, key = self._llm, self.program.key
+        llm, key = self._llm, self.program.prompt.key
         valid = 0
         while valid < min(llm.n_tokens, len(self.tags)) and self.tags[valid] == key:
             valid += 1
@@ -114,10 +124,11 @@ class LlamaRuntime:
 
     def applied(self) -> Applied:
         layers = {}
-        for layer in self._last.layers:
+        program, part = self._last
+        for layer in part.layers:
             rows, moved, path, _ = self.hook.applied(layer)
             layers[layer] = LayerApplied(rows, float(np.sqrt(moved / rows)) if rows else 0.0, path)
-        return Applied(self._last.recipe, layers)
+        return Applied(program.recipe, layers)
 
     def capture(self, tokens: Sequence[int], layers: Sequence[int], last: int) -> Floats:
         llm, tokens = self._llm, list(tokens)
@@ -127,6 +138,7 @@ class LlamaRuntime:
         start = len(tokens) - last
         llm.reset()
         llm._ctx.kv_cache_clear()
+        self.prompt_end = len(tokens)
         try:
             for offset in range(0, len(tokens), llm.n_batch):
                 chunk = tokens[offset : offset + llm.n_batch]
@@ -141,6 +153,7 @@ class LlamaRuntime:
                     to = offset + wanted - start
                     result[:, to : to + rows.shape[1]] = rows
         finally:
+            self.prompt_end = None
             self.hook.stop_capture()
             llm.reset()
         return result
@@ -172,12 +185,12 @@ class _SteeredContext:
 
     def decode(self, batch: Any) -> None:
         runtime, raw = self._mien, batch.batch
-        program, first = runtime.begin(raw)
+        program, part, first = runtime.begin(raw)
         try:
             super().decode(batch)  # type: ignore[misc]  # of LlamaContext, the other base
         finally:
             status = runtime.hook.end()
-        runtime.finish(program, first, raw.n_tokens, status)
+        runtime.finish(program, part, first, raw.n_tokens, status)
 
     def kv_cache_clear(self) -> None:
         super().kv_cache_clear()  # type: ignore[misc]
@@ -212,10 +225,33 @@ class _SteeredLlama:
     _mien: LlamaRuntime
 
     def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
-        plain = super().generate  # type: ignore[misc]
-        if inspect.signature(plain).bind(*args, **kwargs).arguments.get("reset", True):
-            self._mien.drop_other_recipes()
-        yield from plain(*args, **kwargs)
+        plain, runtime = super().generate, self._mien  # type: ignore[misc]
+        arguments = inspect.signature(plain).bind(*args, **kwargs).arguments
+        kept = 0
+        if arguments.get("reset", True):
+            runtime.drop_other_recipes()
+        else:
+            kept = self.n_tokens  # type: ignore[attr-defined]
+        end, stream, sent = kept + len(arguments["tokens"]), plain(*args, **kwargs), None
+        while True:
+            runtime.prompt_end = end
+            try:
+                token = stream.send(sent)
+            except StopIteration:
+                return
+            finally:
+                runtime.prompt_end = None  # between its tokens others may evaluate
+            sent = yield token
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        plain, runtime = super().eval, self._mien  # type: ignore[misc]
+        if runtime.prompt_end is not None or len(tokens) == 1:
+            return plain(tokens)  # type: ignore[no-any-return]
+        runtime.prompt_end = self.n_tokens + len(tokens)  # type: ignore[attr-defined]
+        try:
+            plain(tokens)
+        finally:
+            runtime.prompt_end = None
 
     def save_state(self) -> Any:
         state = super().save_state()  # type: ignore[misc]
@@ -259,7 +295,7 @@ class _CacheOfRecipe(BaseLlamaCache):
         return int(self.inner.cache_size)
 
     def _key(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        key = self._runtime.program.key
+        key = self._runtime.program.prompt.key
         if not key:
             return tuple(tokens)
         digest = hashlib.sha256(repr(key).encode()).digest()
@@ -272,7 +308,7 @@ class _CacheOfRecipe(BaseLlamaCache):
         return self._key(tokens) in self.inner
 
     def __setitem__(self, tokens: Sequence[int], state: Any) -> None:
-        if all(tag == self._runtime.program.key for tag in state.mien_tags):
+        if all(tag == self._runtime.program.prompt.key for tag in state.mien_tags):
             self.inner[self._key(tokens)] = state
 
 
