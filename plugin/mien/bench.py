@@ -1,9 +1,4 @@
-"""What steering costs: paired and interleaved measurements on one model, in one process.
-
-Every round runs each case once, in a random order, and a case's figure is the median over the rounds
-of its time divided by the baseline's time in the same round: the machine's drift cancels. Memory is
-measured in a process of its own.
-"""
+"""What steering costs in llama.cpp, measured as `timing` says. Memory is in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,33 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
 
 from .runtimes import attach
 from .steering import Steering
+from .timing import Row, ratios, row
 from .vector import Vector
 
 PROMPT = "The harbour was quiet when the boats came in, and nobody on the pier said a word. "
 RECIPE = "{a:.4f}*v0 + {b:.4f}*v1 - 0.3*v2 + 0.2*v3 - 0.1*v4"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. value: a ratio to `against`, or a figure in `unit`."""
-
-    what: str
-    value: float
-    low: float
-    high: float
-    unit: str
-    against: str = ""
-    reach: float | None = None
-    samples: int = 0
 
 
 def run(
@@ -82,10 +63,10 @@ def run(
     rows = []
     say("decode")
     cases = {name: _decoder(llm, prompt[:32]) for name, llm in contenders.items()}
-    rows += _ratios("decode", cases, "unsteered", rounds, reach)
+    rows += ratios("decode", cases, "unsteered", rounds, reach)
     say("prefill")
     cases = {name: _prefiller(llm, prompt) for name, llm in contenders.items()}
-    rows += _ratios("prefill of 400", cases, "unsteered", max(rounds // 10, 4), dict.fromkeys(reach, 1.01))
+    rows += ratios("prefill of 400", cases, "unsteered", max(rounds // 10, 4), dict.fromkeys(reach, 1.01))
     say("swap")
     rows += _swaps(steered["in-graph"], cvec, set_cvec, prompt[:32], rounds)
     rows += _compile(steered["in-graph"][1])
@@ -158,36 +139,6 @@ def _prefiller(llm: Any, prompt: list[int]) -> Callable[[int], None]:
     return step
 
 
-def _ratios(
-    what: str,
-    cases: dict[str, Callable[[int], None]],
-    baseline: str,
-    rounds: int,
-    reach: dict[str, float],
-) -> list[Row]:
-    times = _interleaved(cases, rounds)
-    base = times[baseline]
-    rows = [_row(f"{what}, {baseline}", [1e3 * t for t in base], "ms")]
-    for name in cases:
-        if name != baseline:
-            ratios = [t / b for t, b in zip(times[name], base)]
-            rows.append(_row(f"{what}, {name}", ratios, "x", baseline, reach.get(name)))
-    return rows
-
-
-def _interleaved(cases: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
-    order = np.random.default_rng(0)  # of cases: what ran just before leaves its traces in the caches
-    for i in range(-3, rounds):
-        for name in order.permutation(names):
-            start = time.perf_counter()
-            cases[name](i)
-            if i >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def _swaps(
     steered: tuple[Any, Steering],
     cvec: Any,
@@ -201,7 +152,7 @@ def _swaps(
     def set_recipe(i: int) -> None:
         steering.set(RECIPE.format(a=0.5 + 0.0001 * (i % 997), b=0.4))
 
-    mien = _ratios(
+    mien = ratios(
         "swap before every token",
         {
             "no change": _decoder(llm, prompt),
@@ -211,7 +162,7 @@ def _swaps(
         rounds,
         {"mien, five vectors": 1.02},
     )
-    own = _ratios(
+    own = ratios(
         "swap before every token",
         {
             "cvec, no change": _decoder(cvec, prompt),
@@ -236,14 +187,9 @@ def _compile(steering: Steering) -> list[Row]:
         steering.set(program)
         swapped.append(1e6 * (time.perf_counter() - start))
     return [
-        _row("compile a recipe of five vectors", compiled, "us", reach=2000),
-        _row("swap a compiled program", swapped, "us", reach=20),
+        row("compile a recipe of five vectors", compiled, "us", reach=2000),
+        row("swap a compiled program", swapped, "us", reach=20),
     ]
-
-
-def _row(what: str, values: list[float], unit: str, against: str = "", reach: float | None = None) -> Row:
-    low, *_, high = quantiles(values, n=10)
-    return Row(what, median(values), low, high, unit, against, reach, len(values))
 
 
 def _memory(model: Path, threads: int) -> list[Row]:
@@ -292,20 +238,6 @@ def _resident() -> int:
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["RssAnon"].split()[0]) * 1024
-
-
-def table(rows: list[Row]) -> str:
-    """The rows for a terminal: median, the 10th and 90th percentile, and what was to be reached."""
-    width = max(len(row.what) for row in rows)
-    lines = [f"{'':{width}}  {'median':>9}  {'p10':>8}  {'p90':>8}        reach"]
-    for row in rows:
-        verdict = ""
-        if row.reach is not None:
-            verdict = f"<= {row.reach:g}  {'ok' if row.value <= row.reach else 'MISSED'}"
-        lines.append(
-            f"{row.what:{width}}  {row.value:9.4g}  {row.low:8.4g}  {row.high:8.4g}  {row.unit:4}  {verdict}"
-        )
-    return "\n".join(lines)
 
 
 def as_json(rows: list[Row], model: Path, threads: int) -> dict[str, Any]:

@@ -38,6 +38,8 @@ KEYS = {
     "method": "how it was made",
     "data_digest": "SHA-256 over the contrast texts",
     "samples": "how many texts on each side",
+    "imported_from": "the program whose file it was made of; imported_digest is that file's SHA-256",
+    "imported_model_type": "the model's type in such a file, as transformers names it",
     "scale": "the factor that was baked in, on the raw difference",
     "strength": "per direction: its length over the median norm of the residual stream there",
     "calibration.*": "the dose curve: coefficient, perplexity, repetition; and the budgets",
@@ -48,13 +50,13 @@ KEYS = {
 _MAGIC = b"GGUF"
 _DIRECTION = re.compile(r"direction\.([1-9][0-9]{0,3})")
 # What gguf's reader lets out when a file lies about itself.
-_BROKEN = (
+BROKEN = (
     ValueError,
     IndexError,
     KeyError,
     TypeError,
     AttributeError,
-    ArithmeticError,  # an offset that overflows; see errstate in _open
+    ArithmeticError,  # an offset that overflows; see errstate in open_gguf
     MemoryError,
     RecursionError,  # arrays nested without end
 )
@@ -68,10 +70,10 @@ def load(path: str | Path) -> Vector:
     lengths, NaN or infinity.
     """
     path = Path(path)
-    reader = _open(path)
+    reader = open_gguf(path)
     try:
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except _BROKEN as error:
+    except BROKEN as error:
         raise VectorFileError(path, f"the metadata is broken ({error})") from error
     if fields.get("general.architecture") != "controlvector":
         raise VectorFileError(
@@ -140,7 +142,11 @@ def write(vector: Vector, path: str | Path) -> None:
         raise
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """A reader of the GGUF file at `path`. Raises VectorFileError where it can't be read as one.
+
+    What reading on from it lets out, where the file lies about itself, is one of BROKEN.
+    """
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -161,7 +167,7 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         with np.errstate(over="raise"):
             return Reader(path)
-    except _BROKEN as error:
+    except BROKEN as error:
         size = path.stat().st_size
         raise VectorFileError(
             path, f"broken or cut short at {size} bytes ({type(error).__name__}: {error}); fetch it again"

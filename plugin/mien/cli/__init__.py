@@ -14,10 +14,13 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import MienError
+from ..errors import MienError, MissingExtra
+from .exchanging import import_
 from .making import bench, extract, pack
 from .showing import doctor, info, list_
 from .talking import chat, run
+
+_EXTRAS = {"llama_cpp": "llama", "safetensors": "hf", "torch": "hf", "transformers": "hf"}
 
 
 class _Commands(click.Group):
@@ -30,10 +33,11 @@ class _Commands(click.Group):
             click.echo(f"{type(error).__name__}: {error}", err=True)
             context.exit(error.exit_code)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "llama_cpp":
+            module = (error.name or "").partition(".")[0]
+            if module not in _EXTRAS:
                 raise
-            click.echo("MissingExtra: llama_cpp is not installed: pip install 'mien[llama]'", err=True)
-            context.exit(6)
+            click.echo(f"MissingExtra: {MissingExtra(module, _EXTRAS[module])}", err=True)
+            context.exit(MissingExtra.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +51,7 @@ def cli() -> None:
     """
 
 
-for command in (run, chat, list_, info, extract, pack, doctor, bench):
+for command in (run, chat, list_, info, extract, import_, pack, doctor, bench):
     cli.add_command(command)
 
 

@@ -210,10 +210,21 @@ def remove(name: str, as_json: bool) -> None:
 
 @pack.command()
 @click.argument("name")
-@click.option("--out", "-o", type=file, help="Default: NAME-VERSION.zip here.")
+@click.option(
+    "--format",
+    type=click.Choice(["zip", "llama.cpp", "repeng", "steering-vectors", "npz", "safetensors"]),
+    default="zip",
+    show_default=True,
+    help="A zip for mien, or a folder with a file for each vector.",
+)
+@click.option("--out", "-o", type=file, help="Default: NAME-VERSION.zip here, or the folder NAME-FORMAT.")
+@click.option("--force", is_flag=True, help="Replace the folder of an earlier export.")
 @json_option
-def export(name: str, out: Path | None, as_json: bool) -> None:
-    """Write a pack as a zip that `mien pack install` takes. NAME may be a pack's folder."""
+def export(name: str, format: str, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a pack as a zip that `mien pack install` takes, or for other programs.
+
+    NAME may be a pack's folder.
+    """
     from ..errors import NameNotFound
     from ..install import export as export_pack
     from ..pack import Pack
@@ -226,9 +237,18 @@ def export(name: str, out: Path | None, as_json: bool) -> None:
         found = Pack.read(name)
     else:
         raise NameNotFound(name, known, what="pack")
-    target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
+    if format == "zip":
+        target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
+    else:
+        from ..exporting import export as export_folder
+
+        target = export_folder(found, out or Path(f"{found.name}-{format}"), format, force=force)
     if as_json:
-        print_json({"name": found.name, "version": found.version, "file": str(target)})
+        data: dict[str, Any] = {"name": found.name, "version": found.version, "format": format}
+        data["file"] = str(target)
+        if format != "zip":
+            data["files"] = sorted(str(path) for path in target.iterdir())
+        print_json(data)
     else:
         click.echo(str(target))
 
@@ -257,6 +277,7 @@ def bench(model: str | None, threads: int, rounds: int, out: Path | None, as_jso
     """Measure what steering costs, as ratios in one process."""
     from .. import bench as measure
     from ..models import find_model
+    from ..timing import table
 
     path = find_model(model)
     rows = measure.run(path, threads, rounds, say=lambda what: click.echo(f"measuring {what}", err=True))
@@ -267,4 +288,4 @@ def bench(model: str | None, threads: int, rounds: int, out: Path | None, as_jso
     if as_json:
         print_json(data)
     else:
-        click.echo(measure.table(rows))
+        click.echo(table(rows))
