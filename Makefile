@@ -2,6 +2,7 @@
 # make test   lint, types and the whole suite (sets everything up the first time)
 # make check  lint and types alone
 # make bench  what steering costs, as ratios
+# make peers  the same beside repeng and steering-vectors, in an environment of their own (10 minutes)
 # make pack   make the shipped pack again from its contrast texts (about 15 minutes)
 # make clean  remove the environment and what was built
 
@@ -28,7 +29,7 @@ ENGINE := setup.py $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench pack clean
+.PHONY: help demo test check bench peers pack clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -47,6 +48,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/mien bench --out benchmarks/results/bench.json
+
+peers:
+	$(PYTHON) benchmarks/peers.py
 
 pack: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" vectors/smollm2-135m-instruct/make.sh

@@ -1,6 +1,7 @@
 #include "mien_kernels.h"
 
 #include <math.h>
+#include <string.h>
 
 /* One build, the best instruction set of the machine it runs on. Contraction to fused multiply-add is
  * off (see build.py), so every variant gives the same bits. Sanitizers can't start with such clones. */
@@ -10,72 +11,160 @@
 #define VARIANTS
 #endif
 
-#ifdef __GNUC__
 #define INLINED static inline __attribute__((always_inline))
-#else
-#define INLINED static inline
-#endif
 
-enum { LANES = 8, BLOCK = 256 };
+/* Rows are walked in WAYS vectors of LANES floats, each with a sum of its own, so that no addition waits
+ * for the one before. Written out, because compilers do not find it in a loop over an array of sums, and
+ * would take the widest registers: a processor needs microseconds to wake those up for one row. */
+enum { LANES = 8, WAYS = 4, STEP = LANES * WAYS, BLOCK = 1024, COMBINED = 256 };
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+#define LOAD(to, from) memcpy(&(to), (from), sizeof(lanes))
+#define STORE(to, from) memcpy((to), &(from), sizeof(lanes))
+#define EACH_WAY for (size_t w = 0; w < WAYS; w++)
+
+/* Squares are summed in float over a block, and in double over blocks: that is several times as fast as
+ * double throughout, and good to a few parts in a million. A block whose sum leaves what float squares can hold is done again
+ * in double; so huge and tiny rows are right, too. */
+INLINED double total_of(const lanes sums[WAYS], double rest) {
+    const lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float part[LANES];
+    STORE(part, sum);
+    for (size_t width = LANES / 2; width; width /= 2)
+        for (size_t j = 0; j < width; j++) part[j] += part[j + width];
+    return (double)part[0] + rest;
+}
+
+INLINED bool must_widen(double sum) { return !(sum >= 1e-20 && sum <= 1e38); }
+
+INLINED size_t block_from(size_t start, size_t n) { return n - start < BLOCK ? n - start : BLOCK; }
+
+/* x += v over at most BLOCK floats; returns sum (fl(x + v) - x)^2. */
+INLINED double add_block(float *x, const float *v, size_t n) {
+    lanes sums[WAYS] = {0}, h, d;
+    double sum = 0;
+    size_t i = 0;
+    for (; i + STEP <= n; i += STEP)
+        EACH_WAY {
+            LOAD(h, x + i + w * LANES);
+            LOAD(d, v + i + w * LANES);
+            d = h + d - h;
+            sums[w] += d * d;
+        }
+    for (; i < n; i++) {
+        const float moved = x[i] + v[i] - x[i];
+        sum += (double)moved * (double)moved;
+    }
+    sum = total_of(sums, sum);
+    if (must_widen(sum)) {
+        sum = 0;
+        for (i = 0; i < n; i++) {
+            const float after = x[i] + v[i];
+            const double moved = (double)after - (double)x[i];
+            sum += moved * moved;
+        }
+    }
+    for (i = 0; i + STEP <= n; i += STEP)
+        EACH_WAY {
+            LOAD(h, x + i + w * LANES);
+            LOAD(d, v + i + w * LANES);
+            h += d;
+            STORE(x + i + w * LANES, h);
+        }
+    for (; i < n; i++) x[i] += v[i];
+    return sum;
+}
 
 VARIANTS double mien_add(float *x, const float *v, size_t n) {
-    double lane[LANES] = {0};
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) {
-            const float before = x[i + j], after = before + v[i + j];
-            const double moved = (double)after - (double)before;
-            x[i + j] = after;
-            lane[j] += moved * moved;
-        }
     double total = 0;
-    for (; i < n; i++) {
-        const float before = x[i], after = before + v[i];
-        const double moved = (double)after - (double)before;
-        x[i] = after;
-        total += moved * moved;
-    }
-    for (size_t j = 0; j < LANES; j++) total += lane[j];
+    for (size_t i = 0; i < n; i += BLOCK) total += add_block(x + i, v + i, block_from(i, n));
     return total;
 }
 
-/* x = (x + a + v) * |x + a| / |x + a + v|; `a` may be NULL for zero. Squares are summed in double: no
- * float's overflows there. Inlined into each variant, once with `a` and once without. */
-INLINED double add_keep_norm(float *x, const float *a, const float *v, size_t n) {
-    double before[LANES] = {0}, after[LANES] = {0}, lane[LANES] = {0};
+typedef struct {
+    double before, after; /* squared lengths of x + a and of x + a + v */
+} lengths;
+
+/* `a` may be NULL for zero; each caller is compiled once with it and once without. */
+INLINED float sum_at(const float *x, const float *a, size_t i) { return a ? x[i] + a[i] : x[i]; }
+
+/* Over at most BLOCK floats. */
+INLINED lengths lengths_of(const float *x, const float *a, const float *v, size_t n) {
+    lanes before[WAYS] = {0}, after[WAYS] = {0}, h, d;
+    lengths rest = {0, 0};
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) {
-            const float h = a ? x[i + j] + a[i + j] : x[i + j], sum = h + v[i + j];
-            before[j] += (double)h * (double)h;
-            after[j] += (double)sum * (double)sum;
+    for (; i + STEP <= n; i += STEP)
+        EACH_WAY {
+            LOAD(h, x + i + w * LANES);
+            if (a) {
+                LOAD(d, a + i + w * LANES);
+                h += d;
+            }
+            LOAD(d, v + i + w * LANES);
+            before[w] += h * h;
+            h += d;
+            after[w] += h * h;
         }
-    for (size_t j = 0; i < n; i++, j++) {
-        const float h = a ? x[i] + a[i] : x[i], sum = h + v[i];
-        before[j] += (double)h * (double)h;
-        after[j] += (double)sum * (double)sum;
+    for (; i < n; i++) {
+        const float base = sum_at(x, a, i), sum = base + v[i];
+        rest.before += (double)base * (double)base;
+        rest.after += (double)sum * (double)sum;
     }
-    double total_before = 0, total_after = 0;
-    for (size_t j = 0; j < LANES; j++) total_before += before[j], total_after += after[j];
-    const double scale = total_after > 0 ? sqrt(total_before / total_after) : 0;
-    for (i = 0; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) {
-            const float old = x[i + j], sum = (a ? old + a[i + j] : old) + v[i + j];
-            const float new = (float)((double)sum * scale);
-            const double moved = (double)new - (double)old;
-            x[i + j] = new;
-            lane[j] += moved * moved;
+    lengths found = {total_of(before, rest.before), total_of(after, rest.after)};
+    if (must_widen(found.before) || must_widen(found.after)) {
+        found = (lengths){0, 0};
+        for (i = 0; i < n; i++) {
+            const float base = sum_at(x, a, i), sum = base + v[i];
+            found.before += (double)base * (double)base;
+            found.after += (double)sum * (double)sum;
         }
-    for (size_t j = 0; i < n; i++, j++) {
-        const float old = x[i], sum = (a ? old + a[i] : old) + v[i];
-        const float new = (float)((double)sum * scale);
-        const double moved = (double)new - (double)old;
-        x[i] = new;
-        lane[j] += moved * moved;
     }
-    double total = 0;
-    for (size_t j = 0; j < LANES; j++) total += lane[j];
-    return total;
+    return found;
+}
+
+/* x = (x + a + v) * scale over at most BLOCK floats; returns the squared length that x moved by. wide: the
+ * row's squares need double. */
+INLINED double rescale(float *x, const float *a, const float *v, double scale, bool wide, size_t n) {
+    const float factor = (float)scale;
+    lanes sums[WAYS] = {0}, old, h, d;
+    double sum = 0;
+    size_t i = 0;
+    for (; !wide && i + STEP <= n; i += STEP)
+        EACH_WAY {
+            LOAD(old, x + i + w * LANES);
+            h = old;
+            if (a) {
+                LOAD(d, a + i + w * LANES);
+                h += d;
+            }
+            LOAD(d, v + i + w * LANES);
+            h = (h + d) * factor;
+            STORE(x + i + w * LANES, h);
+            d = h - old;
+            sums[w] += d * d;
+        }
+    for (; i < n; i++) {
+        const float before = x[i], after = sum_at(x, a, i) + v[i];
+        x[i] = wide ? (float)((double)after * scale) : after * factor;
+        const double moved = (double)x[i] - (double)before;
+        sum += moved * moved;
+    }
+    return total_of(sums, sum);
+}
+
+INLINED double add_keep_norm(float *x, const float *a, const float *v, size_t n) {
+    lengths total = {0, 0};
+    for (size_t i = 0; i < n; i += BLOCK) {
+        const lengths block = lengths_of(x + i, a ? a + i : NULL, v + i, block_from(i, n));
+        total.before += block.before;
+        total.after += block.after;
+    }
+    const double scale = total.after > 0 ? sqrt(total.before / total.after) : 0;
+    const bool wide = must_widen(total.before) || must_widen(total.after) || !(scale < 1e30);
+    double moved = 0;
+    for (size_t i = 0; i < n; i += BLOCK)
+        moved += rescale(x + i, a ? a + i : NULL, v + i, scale, wide, block_from(i, n));
+    return moved;
 }
 
 VARIANTS double mien_add_keep_norm(float *x, const float *v, size_t n) { return add_keep_norm(x, NULL, v, n); }
@@ -89,9 +178,9 @@ VARIANTS void mien_sum(float *out, const float *x, const float *y, size_t n) {
 }
 
 VARIANTS void mien_combine(float *out, const float *const *v, const double *c, size_t k, size_t n) {
-    for (size_t start = 0; start < n; start += BLOCK) {
-        const size_t m = n - start < BLOCK ? n - start : BLOCK;
-        double sum[BLOCK] = {0};
+    for (size_t start = 0; start < n; start += COMBINED) {
+        const size_t m = n - start < COMBINED ? n - start : COMBINED;
+        double sum[COMBINED] = {0};
         for (size_t t = 0; t < k; t++) {
             const float *row = v[t] + start;
             for (size_t i = 0; i < m; i++) sum[i] += c[t] * (double)row[i];

@@ -9,12 +9,13 @@
 #include <stddef.h>
 
 /* x[i] += v[i], rounded once, as ggml's own add does. Returns the squared length of what the row
- * really moved by, sum (x_after - x_before)^2, which float32 rounding can make less than |v|^2. */
+ * really moved by, sum (x_after - x_before)^2, which float32 rounding can make less than |v|^2; good to
+ * a few parts in a million, as in the other kernels. */
 double mien_add(float *x, const float *v, size_t n);
 
 /* x[i] = (x[i] + v[i]) * |x| / |x + v|: the row keeps its Euclidean length. Where x + v is zero there is
- * no direction to scale, and the row becomes zero. Sums and the scale are double, the row is rounded
- * once. Returns what mien_add returns. */
+ * no direction to scale, and the row becomes zero. The scale is good to float32's precision. Returns what
+ * mien_add returns. */
 double mien_add_keep_norm(float *x, const float *v, size_t n);
 
 /* mien_add of `a` and mien_add_keep_norm of `v`, to the same bits in one go: what is returned is how far

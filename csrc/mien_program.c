@@ -193,3 +193,7 @@ double mien_program_apply(const mien_program *program, mien_site site, int32_t l
     }
     return moved;
 }
+
+double mien_program_apply_at(const mien_program *program, int32_t layer, uintptr_t rows, size_t n_rows) {
+    return mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, (float *)rows, n_rows);
+}

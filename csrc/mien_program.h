@@ -71,6 +71,10 @@ const float *mien_program_direction(const mien_program *program, mien_site site,
 double mien_program_apply(const mien_program *program, mien_site site, int32_t layer,
                           float *rows, size_t n_rows);
 
+/* The same at the residual stream, on rows that the caller has as an address: a caller in Python saves
+ * itself the making of a pointer. */
+double mien_program_apply_at(const mien_program *program, int32_t layer, uintptr_t rows, size_t n_rows);
+
 /* Whether it was compiled for that shape of model. NULL fits any. */
 bool mien_program_fits(const mien_program *program, int32_t n_layer, int32_t n_embd);
 

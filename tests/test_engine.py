@@ -60,7 +60,7 @@ def test_a_program_is_the_reference_bit_for_bit(terms: list[tuple[float, Vector]
         moved = program.apply(layer, after)
         expected = before if direction is None else reference.add(before, direction)
         assert same_bits(after, expected)
-        assert moved == pytest.approx(squared_shift(before, expected), rel=1e-12)
+        assert moved == pytest.approx(squared_shift(before, expected), rel=4e-6)
 
 
 # Rows as they come and the rare ones: nothing in them, the largest of floats, denormals only.
@@ -93,7 +93,7 @@ def test_a_norm_kept_sum_is_the_reference_to_the_last_bit(
         else:
             np.testing.assert_array_max_ulp(after, reference.add_keep_norm(before, direction), maxulp=1)
         assert np.isfinite(after).all()
-        assert moved == pytest.approx(squared_shift(before, after), rel=1e-12)
+        assert moved == pytest.approx(squared_shift(before, after), rel=4e-6)
 
 
 @given(doses, rows)
@@ -122,7 +122,7 @@ def test_at_one_layer_what_is_added_comes_before_what_keeps_the_norm(
         norm_kept(*kept).apply(layer, by_hand)
         moved = program.apply(layer, after)
         assert same_bits(after, by_hand)
-        assert moved == pytest.approx(squared_shift(before, after), rel=1e-12)
+        assert moved == pytest.approx(squared_shift(before, after), rel=4e-6)
     assert program.layers == sorted({*compiled(*added).layers, *norm_kept(*kept).layers})
 
 
@@ -177,7 +177,7 @@ def test_the_sum_is_rounded_once() -> None:
 def test_denormals_are_kept() -> None:
     tiny = float(np.finfo(np.float32).smallest_subnormal)
     out = np.zeros((1, N_EMBD), dtype=np.float32)
-    assert compiled((1, one(*[tiny] * N_EMBD))).apply(1, out) == pytest.approx(N_EMBD * tiny**2, rel=1e-12)
+    assert compiled((1, one(*[tiny] * N_EMBD))).apply(1, out) == pytest.approx(N_EMBD * tiny**2, rel=4e-6)
     assert same_bits(out, np.full((1, N_EMBD), tiny, dtype=np.float32))
 
 
@@ -216,7 +216,7 @@ def test_a_row_whose_norm_is_kept_becomes_this(h: Floats, v: Vector, expected: F
         moved = norm_kept((1, v)).apply(1, after)
         np.testing.assert_array_max_ulp(after, np.repeat(expected, n_rows, axis=0), maxulp=1)
         np.testing.assert_array_max_ulp(after, reference.add_keep_norm(before, v.rows[0]), maxulp=1)
-        assert moved == pytest.approx(squared_shift(before, after), rel=1e-12)
+        assert moved == pytest.approx(squared_shift(before, after), rel=4e-6)
 
 
 def test_each_row_keeps_a_norm_of_its_own() -> None:
@@ -269,7 +269,7 @@ def test_memory_of_somebody_elses_is_steered_as_rows_are(
         expected, found = before.copy(), before.copy()
         moved = program.apply(layer, expected[first:])
         address = found.ctypes.data + first * 4 * N_EMBD
-        assert engine.apply_at(program, layer, address, len(before) - first) == moved
+        assert engine.apply_at(program.handle, layer, address, len(before) - first) == moved
         assert same_bits(found, expected)
 
 

@@ -26,7 +26,9 @@ def test_three_tempers_differ() -> None:
     text = run_python("examples/three_tempers.py")
     answers = dict(re.findall(r"^ *(plain|joy|fear)  (.+)$", text, re.MULTILINE))
     assert len(set(answers.values())) == 3
-    assert answers["plain"] in (ROOT / "README.md").read_text(), "the README shows another output"
+    # Kernels of other processors round differently, and a greedy reply goes its own way sooner or later.
+    beginning = " ".join(answers["plain"].split()[:8])
+    assert beginning in (ROOT / "README.md").read_text(), "the README shows another output"
 
 
 @pytest.mark.model
@@ -40,6 +42,14 @@ def test_arithmetic_prints_cosines() -> None:
     rows = [line.split() for line in run_python("examples/arithmetic.py").splitlines()[1:6]]
     for i, row in enumerate(rows):
         assert float(row[i + 1]) == 1.0
+
+
+@pytest.mark.model
+def test_a_batch_of_tempers_has_a_row_each() -> None:
+    text = run_python("examples/batch_of_tempers.py")
+    rows = re.findall(r"^ *(plain|joy|fear|calm)  (.+)$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == ["plain", "joy", "fear", "calm"]
+    assert len({answer for _, answer in rows}) == 4
 
 
 @pytest.mark.model

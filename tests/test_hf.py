@@ -549,6 +549,26 @@ def test_a_wrong_number_of_row_recipes_is_refused_before_anything_runs(model: An
         assert str(steering.applied).startswith("joy at 3 layers")
 
 
+def test_rows_of_which_none_is_steered_now(model: Any) -> None:
+    ids = IDS.repeat(2, 1)
+    with attach(model) as steering:
+        plain = logits(model, ids)
+        steering.set(["joy(when='response')", None])
+        assert torch.equal(logits(model, ids), plain)
+        assert str(steering.applied) == "nothing was steered"
+
+
+def test_a_layer_called_on_its_own_is_steered(model: Any) -> None:
+    layer, h = model.model.layers[2], torch.ones(1, 3, N_EMBD)
+    arguments = {"position_embeddings": model.model.rotary_emb(h, torch.arange(3)[None])}
+    with attach(model) as steering:
+        plain = layer(h, **arguments)
+        logits(model, IDS[:, :3])
+        for recipe, factor in (("one", 1), ("2*one", 2)):
+            steering.set(recipe)
+            torch.testing.assert_close(layer(h, **arguments), plain + factor * direction_of_one())
+
+
 def test_a_static_cache_in_somebodys_own_loop(model: Any) -> None:
     """Prompt with padding, then token by token, against the same without a cache."""
     inputs = batch(ROWS[:2], "left")
@@ -706,6 +726,7 @@ def test_inference_mode_and_threads(model: Any) -> None:
         def work(i: int) -> None:
             with torch.inference_mode():
                 for _ in range(20):
+                    steering.set("joy")  # swapping goes on at the same time
                     found[i] = model(input_ids=IDS[:, : i + 2]).logits
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -802,6 +823,7 @@ def test_attaching_to_a_model_compiled_before_is_seen(model: Any, fresh_compiler
     compiled = torch.compile(model, backend="eager")
     plain = compiled(input_ids=IDS).logits
     with attach(model) as steering:
+        assert torch.equal(compiled(input_ids=IDS).logits, plain)
         steering.set("joy")
         torch.testing.assert_close(compiled(input_ids=IDS).logits, logits(model))
         assert not torch.equal(compiled(input_ids=IDS).logits, plain)

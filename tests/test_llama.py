@@ -681,7 +681,7 @@ def test_a_kept_norm_is_the_reference_on_captured_rows(
     steering.set(Recipe((Term(1.0, vector, keep_norm=True),)))
     after = steering.capture(tokens, layers=[9, 10, 11], last=50)
     assert np.array_equal(after[0], before[0])
-    np.testing.assert_array_max_ulp(after[1], reference.add_keep_norm(before[1], vector.rows[0]), maxulp=1)
+    np.testing.assert_array_max_ulp(after[1], reference.add_keep_norm(before[1], vector.rows[0]), maxulp=4)
     norms = [np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (before[1], after[1])]
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
     assert not np.array_equal(after[2], before[2])
@@ -689,7 +689,7 @@ def test_a_kept_norm_is_the_reference_on_captured_rows(
     applied = steering.applied.layers
     assert list(applied) == [10]
     assert (applied[10].rows, applied[10].path) == (50, path)
-    assert applied[10].shift == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-9)
+    assert applied[10].shift == pytest.approx(np.sqrt((moved**2).mean()), rel=4e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"n_threads": 4}, {"n_ubatch": 7}], ids=str)
@@ -729,7 +729,7 @@ def test_applied_agrees_with_an_independent_capture(load: Callable[..., Any], pa
     assert list(applied) == [10]
     assert applied[10].rows == 50
     assert applied[10].path == path
-    assert applied[10].shift == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-9)
+    assert applied[10].shift == pytest.approx(np.sqrt((moved**2).mean()), rel=4e-6)
 
 
 def test_capture_takes_the_last_block_too(load: Callable[..., Any]) -> None:

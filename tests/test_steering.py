@@ -325,7 +325,7 @@ def test_what_is_said_to_be_applied_is_what_a_capture_sees(attached: Attached) -
     assert applied.recipe == parse("-0.5*one")
     assert list(applied.layers) == [2]
     assert applied.layers[2].rows == len(TOKENS)
-    assert applied.layers[2].shift == pytest.approx(float(np.sqrt((moved**2).mean())), rel=1e-9)
+    assert applied.layers[2].shift == pytest.approx(float(np.sqrt((moved**2).mean())), rel=4e-6)
     assert applied.layers[2].path == steering.describe()["path"]
     steering.set("joy")
     bench.logits()

@@ -5,7 +5,7 @@ Keeps buffers alive for as long as C may read them, and turns status codes into 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -122,15 +122,10 @@ class CompiledProgram:
         return cast(float, moved)
 
 
-def apply_at(program: CompiledProgram, layer: int, address: int, n_rows: int) -> float:
-    """CompiledProgram.apply on memory that somebody else owns: short, for a runtime's own loop.
-
-    address: of n_rows contiguous rows of n_embd float32, which no one else writes meanwhile. Nothing is
-    checked.
-    """
-    data = ffi.cast("float *", address)
-    moved = lib.mien_program_apply(program.handle, lib.MIEN_SITE_RESIDUAL, layer, data, n_rows)
-    return cast(float, moved)
+# CompiledProgram.apply on memory that somebody else owns: apply_at(program.handle, layer, address, n_rows),
+# the address being that of n_rows contiguous rows of n_embd float32 that no one else writes meanwhile.
+# Nothing is checked: it is for a runtime's own loop, once a layer and token.
+apply_at: Callable[[Any, int, int, int], float] = lib.mien_program_apply_at
 
 
 def symbols() -> list[str]:

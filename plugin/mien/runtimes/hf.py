@@ -15,12 +15,14 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, float32, nn
+from torch.compiler import is_compiling
 
 from ..engine import apply_at
 from ..errors import SteeringNotApplied
@@ -29,7 +31,7 @@ from ..steering import Applied, LayerApplied, Programs
 from ..vector import Floats
 from .hf_layers import find_layers, fingerprint_of, require_weights
 from .hf_program import Directions, Loaded, lengths, runs, steer
-from .hf_rows import NotPickled, Rows, tracker_of
+from .hf_rows import Rows, tracker_of
 
 _KEPT = 16  # programs that stay placed on a device after another was swapped in
 
@@ -48,37 +50,39 @@ class HFRuntime:
         if "torch._dynamo" in sys.modules:  # a graph compiled before does not look for new hooks
             torch.compiler.reset()
         self.local = _Local()
-        self.graph = _Graph(len(found.modules))
         self._loaded = Loaded(NOTHING, self.fingerprint.n_embd)
+        self.graph = _Graph(len(found.modules), self._loaded)
         self._model, self._layers = model, found
         self._kept: dict[tuple[int, ...], Loaded] = {}
+        self._swapping = threading.Lock()
         self._last: _Pass | None = None
         self._tracker = tracker_of(found.owner)
         self._tracker.join(self, found.owner, model)
         self._handles = [
-            module.register_forward_hook(_LayerHook(self, layer), prepend=True)
+            module.register_forward_hook(partial(_on_layer, _Layer(self, layer)), prepend=True)
             for layer, module in enumerate(found.modules)
         ]
 
     def swap(self, program: Programs) -> None:
         key = (len(program), *map(id, program)) if isinstance(program, tuple) else (0, id(program))
-        loaded = self._kept.pop(key, None) or Loaded(program, self.fingerprint.n_embd)
-        self.graph.take(loaded)
-        self._kept[key] = loaded  # it keeps the programs alive, and so their ids
-        if len(self._kept) > _KEPT:
-            del self._kept[next(iter(self._kept))]
-        self._loaded = loaded
+        with self._swapping:
+            loaded = self._kept.pop(key, None) or Loaded(program, self.fingerprint.n_embd)
+            self.graph.take(loaded)
+            self._kept[key] = loaded  # it keeps the programs alive, and so their ids
+            if len(self._kept) > _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._loaded = loaded
 
     # For the tracker: around each forward pass.
 
     def begin(self, rows: Rows) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self.graph.rows, self._last = rows, None
         else:
-            self.local.run = _Pass(self._loaded, rows)
+            self.local.run = _Pass(self._loaded, rows, self.local.capture)
 
     def end(self, finished: bool) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self.graph.rows = None
             return
         run, self.local.run = self.local.run, None
@@ -95,9 +99,9 @@ class HFRuntime:
         )
 
     def bare(self, h: Tensor) -> _Pass:
-        """For a layer called on its own. In a backward pass that is the last pass over again, if it fits."""
+        """For a layer called on its own. A backward pass does so to go through the last pass again."""
         last = self._last
-        if last is not None and torch.is_grad_enabled() and last.shape == h.shape:
+        if last is not None and last.shape == h.shape and torch._C._current_graph_task_id() != -1:
             return last
         batch, tokens = h.shape[:2]
         return _Pass(self._loaded, Rows(batch, tokens, tokens if tokens > 1 else 0))
@@ -115,7 +119,7 @@ class HFRuntime:
         weight = self._model.get_input_embeddings().weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         found: dict[int, Floats] = {}
-        self.local.capture = found, frozenset(layers), last
+        self.local.capture = _Capture(found, frozenset(layers), last)
         try:
             with torch.no_grad():
                 self._layers.owner(input_ids=torch.tensor([list(tokens)], device=device), use_cache=False)
@@ -144,27 +148,73 @@ class _Local(threading.local):
     """A thread's own: two threads may run one model."""
 
     run: _Pass | None = None
-    capture: tuple[dict[int, Floats], frozenset[int], int] | None = None
+    capture: _Capture | None = None
+
+
+class _Capture(NamedTuple):
+    """The last `last` rows of each of `layers`, put into `found`."""
+
+    found: dict[int, Floats]
+    layers: frozenset[int]
+    last: int
 
 
 class _Pass:
     """One forward pass: what acts on which rows, and what was done.
 
-    moved: by layer; on the engine's path the sum of the squared lengths that rows moved by, on torch's
-    (the directions, the length that each row moved by where norms were kept).
+    runs: (engine's program, first row, how many) for the rows as (batch * tokens, n_embd); whole: the
+    one program that acts on all of them. fast: whether the engine may be asked at all. moved: by layer; on
+    the engine's path the sum of the squared lengths that rows moved by, on torch's (the directions, the
+    length that each row moved by where norms were kept).
     """
 
-    def __init__(self, loaded: Loaded, rows: Rows) -> None:
+    __slots__ = (
+        "_numbers",
+        "acting",
+        "capture",
+        "count",
+        "fast",
+        "loaded",
+        "moved",
+        "no_grad",
+        "rows",
+        "runs",
+        "shape",
+        "whole",
+    )
+
+    def __init__(self, loaded: Loaded, rows: Rows, capture: _Capture | None = None) -> None:
         if rows.real is not None and rows.real.device.type == "cpu" and bool(rows.real.all()):
             rows = rows._replace(real=None)
-        self.loaded, self.rows = loaded, rows
+        self.loaded, self.rows, self.capture = loaded, rows, capture
         self.shape = (rows.batch, rows.tokens, loaded.n_embd)
+        self.count = rows.batch * rows.tokens
         device = torch.device("cpu") if rows.real is None else rows.real.device
         self._numbers = loaded.numbers(rows, device)
         nothing = isinstance(self._numbers, int) and not self._numbers
-        self.acting = () if nothing else loaded.layers
-        self.runs = None if nothing or device.type != "cpu" else runs(self._numbers, rows, loaded.parts)
+        self.acting: frozenset[int] = frozenset() if nothing else loaded.acting
+        self.fast = device.type == "cpu"  # else it is not known here which rows are real
+        self.runs = runs(self._numbers, rows, loaded.parts) if self.acting and self.fast else []
+        only = self.runs[0] if len(self.runs) == 1 else None
+        self.whole = only[0].handle if only is not None and only[2] == self.count else None
+        self.no_grad = not torch.is_grad_enabled()
         self.moved: dict[int, float | tuple[Directions, Tensor | None]] = {}
+
+    def apply(self, layer: int, address: int) -> float:
+        """The engine on each stretch of rows at `address`."""
+        row = 4 * self.loaded.n_embd
+        moved = 0.0
+        for program, first, count in self.runs:
+            moved += apply_at(program.handle, layer, address + first * row, count)
+        return moved
+
+    def keep(self, layer: int, output: Any) -> None:
+        """Copy the output's last rows where they are asked for."""
+        assert self.capture is not None
+        if layer in self.capture.layers:
+            h = output[0] if type(output) is tuple else output
+            rows = h[0, -self.capture.last :].to("cpu", torch.float32, copy=True)
+            self.capture.found[layer] = rows.numpy()
 
     def numbers(self, device: torch.device) -> int | Tensor:
         if isinstance(self._numbers, Tensor) and self._numbers.device != device:
@@ -175,7 +225,7 @@ class _Pass:
         layers = {}
         for layer, moved in sorted(self.moved.items()):
             if isinstance(moved, float):
-                count = sum(n for program, _, n in self.runs or () if layer in program.layers)
+                count = sum(n for program, _, n in self.runs if layer in program.layers)
                 squares, path = moved, "engine"
             else:
                 count, squares = self._measured(*moved)
@@ -199,10 +249,10 @@ class _Graph:
     tables: by layer, what it adds; None where nothing does. rows: of the pass that is being traced.
     """
 
-    def __init__(self, n_layer: int) -> None:
+    def __init__(self, n_layer: int, loaded: Loaded) -> None:
         self.tables: list[Directions | None] = [None] * n_layer
         self.rows: Rows | None = None
-        self.loaded: Loaded | None = None
+        self.loaded = loaded
         self._kind: tuple[torch.device, torch.dtype] | None = None
 
     @property
@@ -222,61 +272,99 @@ class _Graph:
         return True
 
     def _fill(self, device: torch.device, dtype: torch.dtype) -> None:
-        assert self.loaded is not None
         for layer in range(len(self.tables)):
             acts = layer in self.loaded.place
             self.tables[layer] = self.loaded.directions(layer, device, dtype) if acts else None
 
 
-class _LayerHook(NotPickled):
-    """The hook on one decoder layer."""
+class _Layer:
+    """What the hook of one layer needs. Without a runtime, which is how it is copied and pickled with a
+    model, the hook does nothing: a copy of the model is of the plain one.
+    """
 
-    def __init__(self, runtime: HFRuntime, layer: int) -> None:
-        self.runtime, self.layer = runtime, layer
+    __slots__ = ("local", "number", "runtime")
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        h = output if isinstance(output, Tensor) else output[0]
-        if torch.compiler.is_compiling():
-            steered = _traced(self.runtime.graph, self.layer, h)
-            return None if steered is None else _replaced(output, steered)
-        local, layer = self.runtime.local, self.layer
-        run = local.run or self.runtime.bare(h)
-        if layer in run.acting:
-            if h.shape != run.shape or not h.is_floating_point():
-                raise _not_rows(h, run.shape, layer)
-            own = not h.requires_grad and not (args and args[0] is h)  # nobody else's: change it in place
-            if (
-                own
-                and run.runs is not None
-                and h.dtype is torch.float32
-                and h.device.type == "cpu"
-                and h.is_contiguous()
-            ):
-                start, row, moved = h.data_ptr(), 4 * run.shape[2], 0.0
-                for program, first, count in run.runs:
-                    moved += apply_at(program, layer, start + first * row, count)
-                run.moved[layer] = moved
+    def __init__(self, runtime: HFRuntime | None = None, number: int = 0) -> None:
+        self.runtime, self.number = runtime, number
+        self.local = runtime.local if runtime is not None else _Local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        return _Layer()
+
+    def __reduce__(self) -> Any:
+        return _Layer, ()
+
+
+def _on_layer(layer: _Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The hook, with functools.partial for its first argument.
+
+    It runs once a layer and token, when the layer's weights have driven everything else out of the
+    caches: every attribute that is looked at costs, so the common case is short and comes first.
+    """
+    run = layer.local.run
+    if run is None:
+        return _outside(layer, output)
+    number = layer.number
+    h = output[0] if type(output) is tuple else output
+    if number in run.acting:
+        if (
+            run.fast
+            and h.dtype is float32
+            and h.shape == run.shape
+            and h.is_cpu
+            and h.is_contiguous()
+            and (run.no_grad or not h.requires_grad)
+            and not (args and args[0] is h)
+        ):
+            whole = run.whole
+            if whole is not None:
+                run.moved[number] = apply_at(whole, number, h.data_ptr(), run.count)
             else:
-                directions = run.loaded.directions(layer, h.device, h.dtype)
-                steered, moved_rows = steer(h, directions, run.numbers(h.device), own)
-                run.moved[layer] = directions, moved_rows
-                if steered is not h:
-                    h, output = steered, _replaced(output, steered)
-        if local.capture is not None:
-            found, layers, last = local.capture
-            if layer in layers:
-                found[layer] = h[0, -last:].to("cpu", torch.float32, copy=True).numpy()
+                run.moved[number] = run.apply(number, h.data_ptr())
+        else:
+            output = _by_torch(run, number, args, output)
+    if run.capture is not None:
+        run.keep(number, output)
+    return output
+
+
+def _outside(layer: _Layer, output: Any) -> Any:
+    """For a layer in a graph that is being compiled, and for one that is called on its own."""
+    runtime = layer.runtime
+    if runtime is None:
         return output
+    h = output[0] if type(output) is tuple else output
+    if is_compiling():
+        steered = _traced(runtime.graph, layer.number, h)
+        return output if steered is None else _replaced(output, steered)
+    run = runtime.bare(h)
+    return _by_torch(run, layer.number, (h,), output) if layer.number in run.acting else output
+
+
+def _by_torch(run: _Pass, number: int, args: tuple[Any, ...], output: Any) -> Any:
+    """Where the engine can't: on a device, in another dtype, under autograd."""
+    h = output[0] if type(output) is tuple else output
+    if h.shape != run.shape or not h.is_floating_point():
+        raise SteeringNotApplied(
+            f"layer {number}: expected activations {run.shape} in floating point, got {tuple(h.shape)} "
+            f"{h.dtype}",
+            [number],
+        )
+    own = not (h.requires_grad or (args and args[0] is h))  # nobody else's: change it in place
+    directions = run.loaded.directions(number, h.device, h.dtype)
+    steered, moved = steer(h, directions, run.numbers(h.device), own)
+    run.moved[number] = directions, moved
+    return output if steered is h else _replaced(output, steered)
 
 
 def _traced(graph: _Graph, layer: int, h: Tensor) -> Tensor | None:
     """The steered activations, as operations that torch.compile can follow; None for nothing."""
     _use(graph, h.device, h.dtype)
-    directions, loaded = graph.tables[layer], graph.loaded
-    if directions is None or loaded is None:
+    directions = graph.tables[layer]
+    if directions is None:
         return None
     rows = graph.rows or Rows(h.shape[0], h.shape[1], h.shape[1] if h.shape[1] > 1 else 0)
-    return steer(h, directions, loaded.numbers(rows, h.device), False)[0]
+    return steer(h, directions, graph.loaded.numbers(rows, h.device), False)[0]
 
 
 def _use(graph: _Graph, device: torch.device, dtype: torch.dtype) -> bool:
@@ -288,11 +376,4 @@ _use._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _replaced(output: Any, h: Tensor) -> Any:
-    return h if isinstance(output, Tensor) else (h, *output[1:])
-
-
-def _not_rows(h: Tensor, shape: tuple[int, ...], layer: int) -> SteeringNotApplied:
-    return SteeringNotApplied(
-        f"layer {layer}: expected activations {shape} in floating point, got {tuple(h.shape)} {h.dtype}",
-        [layer],
-    )
+    return (h, *output[1:]) if type(output) is tuple else h

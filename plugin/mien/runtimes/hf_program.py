@@ -45,7 +45,9 @@ class Loaded:
         self.parts: list[Part] = []
         self.prompt = [self._number(program.prompt) for program in programs]
         self.response = [self._number(program.response) for program in programs]
+        self.alike = self.prompt == self.response
         self.layers = tuple(sorted({layer for part in self.parts for layer in part.layers}))
+        self.acting = frozenset(self.layers)
         self.place = {layer: i for i, layer in enumerate(self.layers)}
         self._placed: dict[tuple[torch.device, torch.dtype], list[Directions]] = {}
 
@@ -100,21 +102,20 @@ class Loaded:
 
         Raises RecipeError where there is a recipe for each row and the batch has another number of rows.
         """
+        all_prompt, all_response = rows.given == rows.tokens, rows.given == 0
+        if not self.by_row and rows.real is None and (all_prompt or all_response or self.alike):
+            return self.prompt[0] if all_prompt else self.response[0]
         count = len(self.programs)
         if self.by_row and rows.batch != count * rows.fold:
             raise RecipeError(
                 f"expected a batch of {count} rows, since {count} row recipes are set; got "
                 f"{rows.batch // rows.fold}"
             )
-        all_prompt, all_response = rows.given == rows.tokens, rows.given == 0
-        alike = self.prompt == self.response
-        if not self.by_row and rows.real is None and (all_prompt or all_response or alike):
-            return self.prompt[0] if all_prompt else self.response[0]
         prompt, response = (
             torch.tensor(side, device=device).repeat_interleave(rows.fold)[:, None]
             for side in (self.prompt, self.response)
         )
-        if all_prompt or all_response or alike:
+        if all_prompt or all_response or self.alike:
             numbers = prompt if all_prompt else response
         else:
             numbers = torch.where(torch.arange(rows.tokens, device=device) < rows.given, prompt, response)

@@ -55,24 +55,6 @@ class _Generation:
     seen: int | None = None
 
 
-class NotPickled:
-    """Base of what mien leaves in a model: a copy or a pickle of the model is of the plain one."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> Any:
-        return _get_nothing, ()
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """A hook that does nothing."""
-
-
-def _get_nothing() -> Callable[..., None]:
-    return _nothing
-
-
 class _Generate:
     """Over a model's `generate`: says which tokens were passed in."""
 
@@ -152,7 +134,9 @@ class Tracker:
             kwargs = {**dict(zip(self._order, args)), **kwargs}
         tokens = kwargs.get("input_ids")
         if tokens is None:
-            tokens = kwargs["inputs_embeds"]
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            return  # the model says what it misses
         rows = self._rows(tokens.shape[0], tokens.shape[1], kwargs)
         for listener in self.listeners:
             listener.begin(rows)
