@@ -376,6 +376,30 @@ def test_the_engine_and_torch_do_the_same(model: Any) -> None:
     torch.testing.assert_close(through_torch[real], engine[real])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_batches_are_shared_out_among_threads(threads: int) -> None:
+    """More floats in a layer's output than go through in one piece, with rows that are not steered."""
+    model = make_model(hidden_size=512, num_hidden_layers=3)
+    joy = make_vector("joy", [1, 2], 0, None, 512) * 0.1
+    ids = torch.arange(3 * 700).reshape(3, 700) % N_VOCAB
+    mask = torch.ones_like(ids)
+    mask[2, :100] = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with mien.attach(model) as steering:
+            steering.set([joy, None, Recipe((Term(1.0, joy, keep_norm=True),))])
+            together = logits(model, ids, attention_mask=mask)
+            applied = steering.applied.layers[1]
+            steering.set(joy)
+            torch.testing.assert_close(together[0], logits(model, ids[:1])[0], rtol=1e-4, atol=1e-4)
+            steering.clear()
+            torch.testing.assert_close(together[1], logits(model, ids[1:2])[0], rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+    assert (applied.rows, applied.path) == (700 + 600, "engine")
+
+
 def test_a_dose_that_half_precision_can_not_hold_is_refused() -> None:
     model = make_model().half()
     with attach(model) as steering:

@@ -12,10 +12,12 @@ operations where there were none, compiles once more. Nothing is counted there, 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ from .hf_layers import find_layers, fingerprint_of, require_weights
 from .hf_program import Directions, Loaded, lengths, runs, steer
 from .hf_rows import Rows, tracker_of
 
+_SPLIT = 1 << 20  # floats from which on a layer's rows are shared out among torch's number of threads
 _KEPT = 16  # programs that stay placed on a device after another was swapped in
 
 
@@ -196,17 +199,24 @@ class _Pass:
         self.fast = device.type == "cpu"  # else it is not known here which rows are real
         self.runs = runs(self._numbers, rows, loaded.parts) if self.acting and self.fast else []
         only = self.runs[0] if len(self.runs) == 1 else None
-        self.whole = only[0].handle if only is not None and only[2] == self.count else None
+        large = self.count * loaded.n_embd >= _SPLIT
+        self.whole = only[0].handle if only is not None and only[2] == self.count and not large else None
         self.no_grad = not torch.is_grad_enabled()
         self.moved: dict[int, float | tuple[Directions, Tensor | None]] = {}
 
     def apply(self, layer: int, address: int) -> float:
         """The engine on each stretch of rows at `address`."""
         row = 4 * self.loaded.n_embd
-        moved = 0.0
-        for program, first, count in self.runs:
-            moved += apply_at(program.handle, layer, address + first * row, count)
-        return moved
+        threads = torch.get_num_threads() if self.count * self.loaded.n_embd >= _SPLIT else 1
+        share = -(-self.count // threads)
+        pieces = [
+            (program.handle, layer, address + start * row, min(share, first + count - start))
+            for program, first, count in self.runs
+            for start in range(first, first + count, share)
+        ]
+        if threads == 1:
+            return float(sum(apply_at(*piece) for piece in pieces))
+        return float(sum(_pool(threads).map(lambda piece: apply_at(*piece), pieces)))
 
     def keep(self, layer: int, output: Any) -> None:
         """Copy the output's last rows where they are asked for."""
@@ -241,6 +251,16 @@ class _Pass:
         of_rows = length[numbers.expand(self.rows.batch, self.rows.tokens)]
         shift = of_rows if moved is None else moved
         return int((of_rows > 0).sum()), float((shift.double() ** 2).sum())
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for the engine, which works without Python's lock."""
+    return ThreadPoolExecutor(threads, "mien")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool and no threads
 
 
 class _Graph:
