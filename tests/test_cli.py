@@ -186,6 +186,38 @@ def test_run_steers_and_reports_what_was_done() -> None:
 
 
 @pytest.mark.model
+def test_run_in_transformers_steers_the_same_file() -> None:
+    arguments = ("run", QUESTION, "--runtime", "hf", "--max-tokens", "12")
+    data = json.loads(invoke(*arguments, "--steer", "joy(when='response')", "--compare", "--json").stdout)
+    assert data["runtime"] == "hf"
+    assert data["plain"] != data["text"]
+    assert data["plain"].split()[0] == data["text"].split()[0], "the first word comes of the prompt alone"
+    assert [row["layer"] for row in data["applied"]] == list(range(6, 29))
+    assert all(row["rows"] == 1 and row["shift"] > 0 and row["path"] == "engine" for row in data["applied"])
+
+
+@pytest.mark.model
+def test_chat_in_transformers_changes_its_temper_and_says_when_there_is_no_room() -> None:
+    lines = f"/steer joy\n{QUESTION}\n/clear\n{'very ' * 300}\n/quit\n"
+    result = invoke("chat", "--runtime", "hf", "--max-tokens", "8", "--ctx", "128", stdin=lines)
+    assert result.exit_code == 0
+    assert "steering: joy" in result.stderr
+    assert "the context room for 128. /reset begins again." in result.stderr
+    assert len(result.stdout.split()) > 6
+
+
+def test_a_folder_is_a_model_to_transformers_only(tmp_path: Path) -> None:
+    for runtime, message in (("llama", "is a folder, expected a GGUF file"), ("hf", "no config.json in it")):
+        result = invoke("run", QUESTION, "--runtime", runtime, "--model", str(tmp_path))
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert message in result.stderr
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    result = invoke("run", QUESTION, "--runtime", "hf", "--model", str(tmp_path))
+    assert result.exit_code == 3
+    assert "transformers can't load it as a model" in result.stderr
+
+
+@pytest.mark.model
 def test_run_prints_the_same_text_again_and_unsteered_equals_plain() -> None:
     arguments = ["run", QUESTION, "--max-tokens", "12"]
     first = invoke(*arguments).stdout

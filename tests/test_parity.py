@@ -20,8 +20,9 @@ from gguf.quants import dequantize
 from llama_cpp._internals import LlamaBatch
 from makers import DictRegistry
 from mien.contrast import read_lines
+from mien.errors import MienError
 from mien.registry import Registry
-from mien.runtimes.hf_text import chat_inputs, load_hf
+from mien.runtimes.hf_text import chat_inputs, load_hf, stream
 from mien.vector import Floats, Vector
 from tiny import ARCHITECTURES, N_VOCAB, build
 from transformers import DynamicCache
@@ -250,6 +251,26 @@ def test_the_real_model_is_steered_alike(real: tuple[Pair, Any], recipe: str) ->
     assert logits_plain < 1e-3
     assert states_steered <= 2 * states_plain
     assert logits_steered <= 2 * logits_plain
+
+
+@pytest.mark.model
+def test_a_stream_stops_when_it_is_closed_and_tells_when_there_is_no_room(real: tuple[Pair, Any]) -> None:
+    pair, tokenizer = real
+    inputs = chat_inputs(tokenizer, [{"role": "user", "content": "Count to a thousand."}])
+    pair.set(None)
+    whole = "".join(stream(pair.model, tokenizer, inputs, max_tokens=12))
+    pieces = stream(pair.model, tokenizer, inputs, max_tokens=10_000)
+    begun = "".join(next(pieces) for _ in range(4))
+    pieces.close()  # returns once the model has stopped
+    assert begun
+    assert whole.startswith(begun)
+    sampled = [
+        "".join(stream(pair.model, tokenizer, inputs, max_tokens=8, temperature=1.5, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    with pytest.raises(MienError, match=r"the prompt has \d+ tokens, the context room for 16"):
+        next(stream(pair.model, tokenizer, inputs, max_tokens=8, n_ctx=16))
 
 
 @pytest.mark.model
