@@ -13,6 +13,7 @@ import numpy as np
 
 from .architectures import gguf_architecture, transformers_model_type
 from .errors import MissingExtra, PackError, VectorError
+from .install import move_into_place
 from .pack import Pack, write_whole
 from .vector import Floats, Vector
 
@@ -72,18 +73,11 @@ def export(pack: Pack, target: str | Path, format: str, force: bool = False) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         # On the file system of the target, so that moving it there is one rename.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
-            new, old = Path(work, "new"), Path(work, "old")
+            new = Path(work, "new")
             new.mkdir()
             for vector in vectors:
                 write(vector, new / f"{vector.name}{SUFFIXES[format]}", format)
-            if target.exists():
-                os.rename(target, old)
-            try:
-                os.rename(new, target)
-            except BaseException:
-                if old.exists():
-                    os.rename(old, target)
-                raise
+            move_into_place(new, target, aside=Path(work, "old"))
     except OSError as error:
         raise PackError(f"{target}: can't be written ({error.strerror})") from error
     return target

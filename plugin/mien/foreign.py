@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import vectorfile
+from . import torchfile, vectorfile
 from .errors import MienError, MissingExtra, VectorFileError
 from .vector import Floats
 
@@ -171,8 +171,6 @@ def read_torch(path: Path) -> Found:
     Raises VectorFileError for anything else, for a layer type other than decoder_block, and as
     `torchfile.load` does.
     """
-    from . import torchfile
-
     value = torchfile.load(path)
     if isinstance(value, torchfile.Saved):
         value = value.state
@@ -240,9 +238,7 @@ def _safetensors_row(path: Path, name: str, tensor: Mapping[str, Any]) -> Any:
     if tensor["dtype"] not in kinds:
         raise VectorFileError(path, f"expected floats, got {tensor['dtype']}", repr(name[:60]))
     values = np.frombuffer(tensor["data"], kinds[tensor["dtype"]]).reshape(tensor["shape"])
-    if tensor["dtype"] == "BF16":  # the upper half of a float32
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values
+    return torchfile.from_bfloat16(values) if tensor["dtype"] == "BF16" else values
 
 
 def _named(path: Path, found: list[tuple[str, Any]]) -> Found:

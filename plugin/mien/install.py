@@ -59,7 +59,7 @@ def install(source: str | Path, force: bool = False) -> Pack:
             target = home / pack.name
             if os.path.lexists(target) and not force:
                 raise PackError(_already_installed(pack, target))
-            _swap(new, target, aside=Path(f"{work}.old"))
+            move_into_place(new, target, aside=Path(f"{work}.old"))
     except OSError as error:
         raise PackError(f"{source}: can't be installed into {home} ({error})") from error
     return Pack.read(target)
@@ -159,7 +159,7 @@ def _already_installed(pack: Pack, target: Path) -> str:
     )
 
 
-def _swap(new: Path, target: Path, aside: Path) -> None:
+def move_into_place(new: Path, target: Path, aside: Path) -> None:
     """Rename `new` to `target`; what was there waits in `aside` and goes back if that fails."""
     try:
         if os.path.lexists(target):

@@ -17,7 +17,6 @@ repeng reads the last block after the model's final norm and adds before it: tha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from .errors import MienError, ModelMismatch, VectorError, VectorFileError
 from .exporting import SUFFIXES, to_repeng, to_steering_vectors, write
 from .fingerprint import Fingerprint
 from .foreign import Found, Refuse
+from .pack import file_digest
 from .vector import Floats, MetaValue, Vector
 
 __all__ = [
@@ -323,11 +323,7 @@ def _found(rows: Mapping[int, Any], hint: str, refuse: Refuse) -> Found:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return file_digest(path)
     except OSError as error:
         raise VectorFileError(path, f"can't be read ({error.strerror})") from error
-    return digest.hexdigest()

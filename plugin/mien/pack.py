@@ -352,17 +352,22 @@ def _gguf_files(folder: Path) -> list[Path]:
         raise PackError(f"{folder}: can't be read ({error.strerror})") from error
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file's bytes, as hex. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _read_vector(path: Path, sha256: str = "") -> tuple[str, Vector]:
     """The SHA-256 of the file's bytes, which must be `sha256` where that is given, and its vector."""
     require_regular(path)
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        found = file_digest(path)
     except OSError as error:
         raise PackError(f"{path}: can't be read ({error.strerror})") from error
-    found = digest.hexdigest()
     if sha256 and found != sha256:
         raise PackError(
             f"{path}: expected SHA-256 {sha256}, as {MANIFEST} says, got {found}; fetch the pack again"

@@ -201,7 +201,7 @@ class _Reader:
                 node,
             )
         for dose in doses:
-            value = {manner: self.finite(c * dose, node) for manner, c in value.items()}  # type: ignore[operator]
+            self.scaled(value, dose, node)  # type: ignore[arg-type]  # floats, as checked; in place
         if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
             raise self.error("a keyword is given twice", node)
         for keyword in node.keywords:

@@ -95,6 +95,11 @@ def load(path: Path) -> Any:
         raise VectorFileError(path, f"can't be read ({error}); fetch it again") from error
 
 
+def from_bfloat16(halves: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """float32 of bfloat16, which is its upper half: uint16 in, a copy out."""
+    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 class _Reader:
     """One archive. `room`: the bytes that its storages and tensors may still take."""
 
@@ -167,7 +172,7 @@ class _Reader:
         steps = tuple(stride * values.itemsize if n > 1 else 0 for n, stride in zip(shape, strides))
         view = np.ndarray(shape, values.dtype, values.data, offset * values.itemsize, steps)
         if storage.kind == "u2":
-            return (view.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return from_bfloat16(view)
         return view.astype(np.float64 if storage.kind == "f8" else np.float32)
 
 

@@ -177,6 +177,7 @@ class _Pass:
         "capture",
         "count",
         "fast",
+        "large",
         "loaded",
         "moved",
         "no_grad",
@@ -199,15 +200,16 @@ class _Pass:
         self.fast = device.type == "cpu"  # else it is not known here which rows are real
         self.runs = runs(self._numbers, rows, loaded.parts) if self.acting and self.fast else []
         only = self.runs[0] if len(self.runs) == 1 else None
-        large = self.count * loaded.n_embd >= _SPLIT
-        self.whole = only[0].handle if only is not None and only[2] == self.count and not large else None
+        self.large = self.count * loaded.n_embd >= _SPLIT
+        whole = only is not None and only[2] == self.count and not self.large
+        self.whole = self.runs[0][0].handle if whole else None
         self.no_grad = not torch.is_grad_enabled()
         self.moved: dict[int, float | tuple[Directions, Tensor | None]] = {}
 
     def apply(self, layer: int, address: int) -> float:
         """The engine on each stretch of rows at `address`."""
         row = 4 * self.loaded.n_embd
-        threads = torch.get_num_threads() if self.count * self.loaded.n_embd >= _SPLIT else 1
+        threads = torch.get_num_threads() if self.large else 1
         share = -(-self.count // threads)
         pieces = [
             (program.handle, layer, address + start * row, min(share, first + count - start))

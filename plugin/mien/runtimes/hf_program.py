@@ -18,8 +18,6 @@ from ..steering import Programs
 from ..vector import Floats
 from .hf_rows import Rows
 
-OPERATIONS = ("add", "add_keep_norm")
-
 
 class Directions(NamedTuple):
     """What one layer adds, on one device: (1 + number of parts, n_embd), row 0 being zero.
@@ -102,8 +100,9 @@ class Loaded:
 
         Raises RecipeError where there is a recipe for each row and the batch has another number of rows.
         """
-        all_prompt, all_response = rows.given == rows.tokens, rows.given == 0
-        if not self.by_row and rows.real is None and (all_prompt or all_response or self.alike):
+        all_prompt = rows.given == rows.tokens
+        one_side = all_prompt or rows.given == 0 or self.alike
+        if not self.by_row and rows.real is None and one_side:
             return self.prompt[0] if all_prompt else self.response[0]
         count = len(self.programs)
         if self.by_row and rows.batch != count * rows.fold:
@@ -115,7 +114,7 @@ class Loaded:
             torch.tensor(side, device=device).repeat_interleave(rows.fold)[:, None]
             for side in (self.prompt, self.response)
         )
-        if all_prompt or all_response or self.alike:
+        if one_side:
             numbers = prompt if all_prompt else response
         else:
             numbers = torch.where(torch.arange(rows.tokens, device=device) < rows.given, prompt, response)
