@@ -32,7 +32,10 @@ for header in ("mien_program.h", "mien_llama.h"):
 ffibuilder.set_source(
     "mien._engine",
     '#include "mien_program.h"\n#include "mien_llama.h"\n',
-    sources=[os.path.relpath(HERE / f"mien_{part}.c", ROOT) for part in ("kernels", "program", "llama")],
+    sources=[
+        os.path.relpath(HERE / f"mien_{part}.c", ROOT)
+        for part in ("kernels", "program", "ggml", "batch", "llama")
+    ],
     include_dirs=["csrc"],
     extra_compile_args=flags,
     libraries=[] if sys.platform == "win32" else ["m"],

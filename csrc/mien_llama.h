@@ -1,11 +1,10 @@
-/* The llama.cpp hook: an evaluation callback that steers and captures block outputs.
+/* The llama.cpp hook: an evaluation callback that steers, reads and captures activations.
  *
- * Built without llama.cpp's headers: its public functions are handed in by address, and the little
- * that must be known of ggml_tensor is found by experiment and verified (see mien_llama.c). One hook
- * belongs to one llama_context; two hooks share nothing.
+ * Built without llama.cpp's headers: see mien_ggml.h. One hook belongs to one llama_context; two hooks share
+ * nothing.
  *
- * Threads: mien_hook_swap may be called from any thread at any time. begin, end, capture and applied
- * belong to the thread that calls llama_decode on the context.
+ * Threads: swap may be called from any thread at any time. Everything else belongs to the thread that calls
+ * llama_decode on the context.
  */
 #ifndef MIEN_LLAMA_H
 #define MIEN_LLAMA_H
@@ -16,18 +15,30 @@
 typedef struct mien_hook mien_hook;
 
 typedef enum {
-    MIEN_PATH_AUTO = 0,       /* in-graph where it verifies; of a layer: none */
+    MIEN_PATH_AUTO = 0,       /* in-graph where it verifies; of a place: none */
     MIEN_PATH_IN_GRAPH = 1,   /* steer inside the graph, on llama.cpp's own threads */
-    MIEN_PATH_POST = 2        /* steer each block's output after it is computed */
+    MIEN_PATH_POST = 2        /* steer activations after they are computed */
 } mien_path;
 
-/* What happened at a layer in the last begin..end. */
+/* What happened at a place in the last begin..end. */
 typedef struct {
-    int64_t rows;             /* rows steered */
+    int64_t rows;             /* rows that were changed */
     double moved;             /* sum over those rows of the squared length that each moved by */
-    mien_path path;           /* how; AUTO where nothing was done */
-    bool met;                 /* the layer's output was seen */
+    mien_path path;           /* how; AUTO where nothing was to be done */
+    bool met;                 /* the place was seen */
 } mien_applied;
+
+/* Where a llama_batch has its fields, in bytes. */
+typedef struct {
+    size_t n_tokens, token, pos, n_seq_id, seq_id, logits;
+} mien_batch_layout;
+
+/* How llama.cpp cuts batches of this context into micro-batches. orders: the rule, and what is done where it
+ * can't be kept to; see mien_order. */
+typedef struct {
+    int32_t n_sequences, n_ubatch;
+    int32_t orders[2];
+} mien_batching;
 
 /* The functions that the hook needs of the runtime's library, by name: i from 0 to count - 1. */
 size_t mien_hook_symbol_count(void);
@@ -40,6 +51,10 @@ const char *mien_hook_symbol(size_t i);
 mien_status mien_hook_new(mien_hook **out, void *const *symbols, int32_t n_layer, int32_t n_embd, mien_path path);
 void mien_hook_free(mien_hook *hook);
 
+/* How batches look; one sequence that is cut as it stands unless told. Programs that were swapped in are
+ * gone. */
+mien_status mien_hook_set_batching(mien_hook *hook, const mien_batch_layout *layout, const mien_batching *batching);
+
 /* The path chosen, and why, as a sentence that lives as long as the program. */
 mien_path mien_hook_path(const mien_hook *hook);
 const char *mien_hook_reason(const mien_hook *hook);
@@ -47,25 +62,80 @@ const char *mien_hook_reason(const mien_hook *hook);
 /* The callback for llama_context_params.cb_eval; user_data is the hook. */
 bool mien_hook_eval(void *tensor, bool ask, void *user_data);
 
-/* The program for evaluations that begin from now on; NULL is none. The hook retains it.
- * MIEN_ERR_SHAPE, and nothing changes, where it was compiled for another n_layer or n_embd. */
-mien_status mien_hook_swap(mien_hook *hook, mien_program *program);
+/* ---- where the sites are ---- */
 
-/* Around one llama_decode. begin pins `program` for all of its micro-batches, with the same status as
- * swap; end unpins it and says whether everything asked for was done. An evaluation outside of begin..end pins what was swapped in
- * last, a graph at a time. */
-mien_status mien_hook_begin(mien_hook *hook, mien_program *program);
+/* Take down the nodes of the graphs that are evaluated until mien_hook_nodes, which gives them: pointers to
+ * ggml_tensors in the order in which they are computed, good until the next evaluation. */
+void mien_hook_scout(mien_hook *hook);
+size_t mien_hook_nodes(mien_hook *hook, void *const **nodes);
+
+/* Source i (0 or 1) of a ggml_tensor; NULL where the layout did not verify. */
+void *mien_hook_source(const mien_hook *hook, const void *tensor, int32_t i);
+
+/* Rows of (site, layer), `width` floats each, are the node called "stem-layer"; or where `weight` is not NULL
+ * the product with that tensor, or the node that comes `tail` nodes after it by their first sources. The
+ * residual stream is "l_out" with n_embd floats unless told. MIEN_ERR_SHAPE: the stem is too long. */
+mien_status mien_hook_locate(mien_hook *hook, mien_site site, int32_t layer, int32_t width, const char *stem,
+                             const void *weight, int32_t tail);
+
+/* ---- what acts ---- */
+
+/* What acts on `sequence` (-1: every one) in evaluations that begin from now on, on what it is given and on
+ * its reply; NULL is nothing. The hook retains it. Nothing changes on an error: MIEN_ERR_SHAPE where one was
+ * compiled for another n_layer or for rows of another width, MIEN_ERR_ROWS for a sequence that there is not,
+ * MIEN_ERR_MEMORY. */
+mien_status mien_hook_swap(mien_hook *hook, int32_t sequence, mien_program *prompt, mien_program *response);
+
+/* Tokens of `sequence` from `position` on are the reply, those before are given; -1: work it out from the
+ * batches, see mien_batch_follow. */
+void mien_hook_tell_reply(mien_hook *hook, int32_t sequence, int32_t position);
+
+/* The later tokens of `sequence` were moved by `by` positions: its reply goes on where it was. */
+void mien_hook_shift(mien_hook *hook, int32_t sequence, int32_t by);
+
+/* Where its reply begins, as it was told or worked out, and where its next token is looked for. */
+int32_t mien_hook_reply(const mien_hook *hook, int32_t sequence);
+int32_t mien_hook_next(const mien_hook *hook, int32_t sequence);
+
+/* What llama.cpp keeps of `sequence` was moved, or loaded: its reply began at `reply_from`, which may be before
+ * any position, and its next token comes at `next`. */
+void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int32_t next);
+
+/* The gates of `sequence` remember nothing. Nothing changes on an error: MIEN_ERR_MEMORY. */
+mien_status mien_hook_begin_anew(mien_hook *hook, int32_t sequence);
+
+/* Around one llama_decode. begin pins what acts for all of its micro-batches; batch: the address of the
+ * llama_batch, which stays as it is until end. MIEN_ERR_ROWS: a token's sequence is none of the context's, or
+ * it has several that are steered differently. end unpins and says whether everything asked for was done.
+ * An evaluation outside of begin..end pins a graph at a time what acts on replies, without gates' memory and
+ * without windows; where sequences are steered differently, nothing: mien_hook_strays counts such graphs. */
+mien_status mien_hook_begin(mien_hook *hook, uintptr_t batch);
 mien_status mien_hook_end(mien_hook *hook);
+int64_t mien_hook_strays(const mien_hook *hook);
+
+/* ---- what is read ---- */
 
 /* For the next begin..end: copy block outputs, as they are after steering.
- * buffer: n_layers x count x n_embd floats; row (i, j) is token first + j of the decode at layers[i].
- * outputs: for each token of the decode whether its logits are asked for; the last block computes only
- * those rows, and the others are left as they were. NULL buffer turns capture off. */
+ * buffer: n_layers x count x n_embd floats; row (i, j) is token first + j of the batch at layers[i]. The last
+ * block computes only tokens with logits, and the others are left as they were. NULL buffer: off. */
 void mien_hook_capture(mien_hook *hook, float *buffer, const int32_t *layers, int32_t n_layers,
-                       int32_t first, int32_t count, const int8_t *outputs);
+                       int32_t first, int32_t count);
 
-/* What happened at `layer` in the last begin..end. */
-mien_applied mien_hook_applied(const mien_hook *hook, int32_t layer);
+/* From now on read block outputs with `probe`, which is retained; NULL: no longer. Before each begin
+ * mien_hook_watch_into says where: before and after are n_tokens x n_layer x (the probe's count) floats, in
+ * which rows that are not computed are left as they were. MIEN_ERR_SHAPE: it is for another model. */
+mien_status mien_hook_watch(mien_hook *hook, mien_probe *probe);
+void mien_hook_watch_into(mien_hook *hook, float *before, float *after);
+
+/* From now on count, at each layer that has experts, how often each is chosen: counts is n_layer x n_expert;
+ * the first `used` of a row of the node "stem-layer" are a token's. NULL: no longer. */
+void mien_hook_count(mien_hook *hook, int64_t *counts, int32_t n_expert, int32_t used, const char *stem);
+
+/* What happened at a place in the last begin..end. */
+mien_applied mien_hook_applied(const mien_hook *hook, mien_site site, int32_t layer);
+
+/* For each token of the last begin..end: its sequence, and its number in the reply, -1 for a given one. */
+void mien_hook_tokens(const mien_hook *hook, int32_t *sequences, int32_t *replies);
 /* cdef: end */
 
 #endif

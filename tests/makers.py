@@ -24,11 +24,13 @@ def make_vector(
     n_embd: int | None = None,
     model_hint: str = "",
     meta: Mapping[str, MetaValue] | None = None,
+    site: str = "residual",
+    rank: int = 1,
 ) -> Vector:
-    """A vector of random directions, for MODEL unless told otherwise."""
+    """A vector of random directions, for MODEL unless told otherwise. n_embd: its width."""
     width = n_embd or (fingerprint.n_embd if fingerprint else N_EMBD)
-    rows = np.random.default_rng(seed).standard_normal((len(layers), width)).astype(np.float32)
-    return Vector(name, tuple(layers), rows, fingerprint, model_hint, meta or {})
+    rows = np.random.default_rng(seed).standard_normal((len(layers), rank, width)).astype(np.float32)
+    return Vector(name, tuple(layers), rows, fingerprint, model_hint, meta or {}, site)
 
 
 def floats(limit: float = 2.0**100) -> st.SearchStrategy[float]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from click.testing import CliRunner, Result
 from mien.cli import cli
 from mien.cli.talking import side_by_side
 from mien.fingerprint import Fingerprint
+from mien.pack import Pack
+from mien.sites import of_heads
 from mien.vector import Vector
 
 QUESTION = "How was your day?"
@@ -105,6 +108,31 @@ def test_info_of_a_foreign_file(tmp_path: Path) -> None:
     assert "qwen2" in invoke("info", str(path)).stdout
 
 
+def test_list_and_info_tell_where_a_vector_acts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Fingerprint("llama", 4, 8, "ab" * 32, "tiny")
+    rows = np.ones((2, 3, 8), np.float32)
+    meta: dict[str, Any] = {"bias": [0.5, -1.0], "center": [0.0, 1, 2, 3, 4, 5.5], "kind": "trait"}
+    Vector("plane", (1, 2), rows, model, meta=meta).save(tmp_path / "mixed" / "plane.gguf")
+    of_heads("quiet", {(0, 1): -1.0}, 2, 4, fingerprint=model).save(tmp_path / "mixed" / "quiet.gguf")
+    Pack.build(tmp_path / "mixed", name="mixed", version="1.0", licence="MIT")
+    monkeypatch.setenv("MIEN_PATH", str(tmp_path))
+    listed = invoke("list", "--model", "mixed").stdout
+    assert "plane            trait      (residual, 3 directions a layer)" in listed
+    assert "quiet                       (heads)" in listed
+    found = {row["name"]: row for row in json.loads(invoke("list", "--model", "mixed", "--json").stdout)}
+    assert (found["plane"]["site"], found["plane"]["rank"]) == ("residual", 3)
+    assert (found["quiet"]["site"], found["quiet"]["rank"]) == ("heads", 1)
+    assert all("(" not in line for line in invoke("list", "--model", "smollm2").stdout.splitlines()[2:])
+
+    text = invoke("info", "plane").stdout
+    assert "  site      residual, 3 directions a layer" in text
+    assert "  bias      per layer, of a linear probe: -1.000 to 0.500" in text
+    assert "  center    per direction, the readout that counts as zero: 0.000 to 5.500" in text
+    data = json.loads(invoke("info", "quiet", "--json").stdout)
+    assert (data["site"], data["rank"], data["width"]) == ("heads", 1, 8)
+    assert "  site      residual\n" in invoke("info", "joy").stdout
+
+
 def test_doctor_tells_the_path() -> None:
     facts = json.loads(invoke("doctor", "--json").stdout)
     assert facts["llama.cpp"]["path"] == "in-graph"
@@ -120,7 +148,7 @@ def test_doctor_tells_the_path() -> None:
     ("arguments", "code", "words"),
     [
         (["run", QUESTION, "--steer", "0.8*joy -"], 2, ["recipe", "0.8*joy -", "^"]),
-        (["run", QUESTION, "--steer", "ablate(joy)"], 2, ["not in this version yet"]),
+        (["run", QUESTION, "--steer", "ablate(2)"], 2, ["expected a vector, got a number"]),
         (["run", QUESTION, "--steer", "1e999*joy"], 2, ["not finite"]),
         (["run", QUESTION, "--model", "/no/such/model.gguf"], 3, ["/no/such/model.gguf", "no such file"]),
         (["run", QUESTION, "--model", "/"], 3, ["is a folder"]),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,19 +14,27 @@ from hypothesis.extra.numpy import arrays
 from makers import N_EMBD, N_LAYER, floats, make_vector, same_bits, vectors
 from mien import engine, reference
 from mien.engine import CompiledProgram
-from mien.errors import MienError, RuntimeNotSupported, SteeringNotApplied, VectorError
+from mien.errors import MienError, RecipeError, RuntimeNotSupported, SteeringNotApplied, VectorError
+from mien.program import Dose
 from mien.vector import Floats, Vector
 
 doses = st.lists(st.tuples(st.floats(-1e3, 1e3), vectors()), max_size=4)
 rows = arrays(np.float32, st.tuples(st.integers(0, 5), st.just(N_EMBD)), elements=floats())
 
 
+def both(
+    added: Sequence[tuple[float, Vector]], kept: Sequence[tuple[float, Vector]], n_layer: int = N_LAYER
+) -> CompiledProgram:
+    terms = [Dose(c, vector) for c, vector in added]
+    return CompiledProgram(n_layer, terms + [Dose(c, vector, "add_keep_norm") for c, vector in kept])
+
+
 def compiled(*terms: tuple[float, Vector]) -> CompiledProgram:
-    return CompiledProgram(N_LAYER, N_EMBD, terms)
+    return both(terms, [])
 
 
 def norm_kept(*terms: tuple[float, Vector]) -> CompiledProgram:
-    return CompiledProgram(N_LAYER, N_EMBD, [], terms)
+    return both([], terms)
 
 
 def one(*values: float, layer: int = 1) -> Vector:
@@ -40,6 +48,11 @@ def row(*values: float) -> Floats:
 def squared_shift(before: Floats, after: Floats) -> float:
     shift = after.astype(np.float64) - before
     return float((shift * shift).sum())
+
+
+def changed(before: Floats, after: Floats) -> int:
+    """How many rows are not what they were; the sign of a zero counts for nothing."""
+    return int((before != after).any(axis=1).sum())
 
 
 def statuses() -> dict[str, int]:
@@ -57,9 +70,10 @@ def test_a_program_is_the_reference_bit_for_bit(terms: list[tuple[float, Vector]
     assert program.layers == [layer for layer, direction in enumerate(directions) if direction is not None]
     for layer, direction in enumerate(directions):
         after = before.copy()
-        moved = program.apply(layer, after)
+        moved, count = program.apply(layer, after)
         expected = before if direction is None else reference.add(before, direction)
         assert same_bits(after, expected)
+        assert count == changed(before, after)
         assert moved == pytest.approx(squared_shift(before, expected), rel=4e-6)
 
 
@@ -87,7 +101,7 @@ def test_a_norm_kept_sum_is_the_reference_to_the_last_bit(
     assert program.layers == [layer for layer, direction in enumerate(directions) if direction is not None]
     for layer, direction in enumerate(directions):
         after = before.copy()
-        moved = program.apply(layer, after)
+        moved, _ = program.apply(layer, after)
         if direction is None:
             assert same_bits(after, before)
         else:
@@ -115,12 +129,12 @@ def test_a_norm_kept_sum_keeps_every_norm(terms: list[tuple[float, Vector]], bef
 def test_at_one_layer_what_is_added_comes_before_what_keeps_the_norm(
     added: list[tuple[float, Vector]], kept: list[tuple[float, Vector]], before: Floats
 ) -> None:
-    program = CompiledProgram(N_LAYER, N_EMBD, added, kept)
+    program = both(added, kept)
     for layer in range(N_LAYER):
         by_hand, after = before.copy(), before.copy()
         compiled(*added).apply(layer, by_hand)
         norm_kept(*kept).apply(layer, by_hand)
-        moved = program.apply(layer, after)
+        moved, _ = program.apply(layer, after)
         assert same_bits(after, by_hand)
         assert moved == pytest.approx(squared_shift(before, after), rel=4e-6)
     assert program.layers == sorted({*compiled(*added).layers, *norm_kept(*kept).layers})
@@ -130,7 +144,7 @@ def test_at_one_layer_what_is_added_comes_before_what_keeps_the_norm(
 def test_a_direction_is_what_the_reference_adds_up(
     added: list[tuple[float, Vector]], kept: list[tuple[float, Vector]]
 ) -> None:
-    program = CompiledProgram(N_LAYER, N_EMBD, added, kept)
+    program = both(added, kept)
     for layer in range(N_LAYER):
         for terms, operation in ((added, "add"), (kept, "add_keep_norm")):
             direction, expected = program.direction(layer, operation), reference.combine(terms, layer)
@@ -151,7 +165,7 @@ def test_no_width_count_or_order_of_terms_changes_a_bit(
         (c, make_vector(layers=(1, 2), seed=seed + i, fingerprint=None, n_embd=n_embd))
         for i, c in enumerate(coefficients)
     ]
-    program = CompiledProgram(3, n_embd, terms)
+    program = both(terms, [], n_layer=3)
     before = np.random.default_rng(seed).standard_normal((n_rows, n_embd)).astype(np.float32)
     for layer in (1, 2):
         after = before.copy()
@@ -177,20 +191,21 @@ def test_the_sum_is_rounded_once() -> None:
 def test_denormals_are_kept() -> None:
     tiny = float(np.finfo(np.float32).smallest_subnormal)
     out = np.zeros((1, N_EMBD), dtype=np.float32)
-    assert compiled((1, one(*[tiny] * N_EMBD))).apply(1, out) == pytest.approx(N_EMBD * tiny**2, rel=4e-6)
+    moved, _ = compiled((1, one(*[tiny] * N_EMBD))).apply(1, out)
+    assert moved == pytest.approx(N_EMBD * tiny**2, rel=4e-6)
     assert same_bits(out, np.full((1, N_EMBD), tiny, dtype=np.float32))
 
 
 def test_a_shift_that_rounding_absorbs_is_reported_as_none() -> None:
     out = np.full((2, N_EMBD), 1e30, dtype=np.float32)
-    assert compiled((1, one(*[1.0] * N_EMBD))).apply(1, out) == 0.0
+    assert compiled((1, one(*[1.0] * N_EMBD))).apply(1, out) == (0.0, 0)
 
 
 def test_the_length_that_is_kept_is_that_after_what_was_added() -> None:
     east, north = one(4, 0, 0, 0, 0), one(0, 4, 0, 0, 0)
     for added, kept, length in ((east, north, 5), (north, east, 7)):
         after = row(0, 3, 0, 0, 0)
-        CompiledProgram(N_LAYER, N_EMBD, [(1, added)], [(1, kept)]).apply(1, after)
+        both([(1, added)], [(1, kept)]).apply(1, after)
         np.testing.assert_allclose(after, row(4, 7, 0, 0, 0) * length / math.sqrt(65), rtol=1e-6)
 
 
@@ -213,7 +228,8 @@ def test_a_row_whose_norm_is_kept_becomes_this(h: Floats, v: Vector, expected: F
     for n_rows in (1, 3):
         before = np.repeat(h, n_rows, axis=0)
         after = before.copy()
-        moved = norm_kept((1, v)).apply(1, after)
+        moved, count = norm_kept((1, v)).apply(1, after)
+        assert count == changed(before, after)
         np.testing.assert_array_max_ulp(after, np.repeat(expected, n_rows, axis=0), maxulp=1)
         np.testing.assert_array_max_ulp(after, reference.add_keep_norm(before, v.rows[0]), maxulp=1)
         assert moved == pytest.approx(squared_shift(before, after), rel=4e-6)
@@ -232,20 +248,24 @@ def test_each_row_keeps_a_norm_of_its_own() -> None:
 def test_where_rounding_absorbs_the_vector_a_kept_norm_changes_no_bit() -> None:
     before = np.full((2, N_EMBD), 1e30, dtype=np.float32)
     after = before.copy()
-    assert norm_kept((1, one(*[1.0] * N_EMBD))).apply(1, after) == 0.0
+    assert norm_kept((1, one(*[1.0] * N_EMBD))).apply(1, after) == (0.0, 0)
     assert same_bits(after, before)
 
 
 def test_a_direction_of_nothing_is_none() -> None:
     v = one(1, 2, 3, 4, 5)
-    program = CompiledProgram(N_LAYER, N_EMBD, [(1, v)], [(1, v), (-1, v)])
+    program = both([(1, v)], [(1, v), (-1, v)])
     assert program.layers == [1]
     assert program.direction(1, "add_keep_norm") is None
     for layer in (0, 2, -1, N_LAYER, 2**31 - 1, -(2**31)):
         assert program.direction(layer, "add") is None
     assert program.direction(1, "add").shape == (N_EMBD,)
+    assert program.direction(1, "ablate") is None
+    assert program.direction(1, "add", "mlp") is None
     with pytest.raises(KeyError):
-        program.direction(1, "ablate")
+        program.direction(1, "boost")
+    with pytest.raises(KeyError):
+        program.direction(1, "add", "queries")
 
 
 def test_a_direction_is_a_copy_that_outlives_the_program() -> None:
@@ -263,30 +283,36 @@ def test_a_direction_is_a_copy_that_outlives_the_program() -> None:
 def test_memory_of_somebody_elses_is_steered_as_rows_are(
     added: list[tuple[float, Vector]], kept: list[tuple[float, Vector]], before: Floats, skipped: int
 ) -> None:
-    program = CompiledProgram(N_LAYER, N_EMBD, added, kept)
+    program = both(added, kept)
     first = min(skipped, len(before))
     for layer in (-1, *range(N_LAYER)):
         expected, found = before.copy(), before.copy()
-        moved = program.apply(layer, expected[first:])
+        moved, count = program.apply(layer, expected[first:])
         address = found.ctypes.data + first * 4 * N_EMBD
         assert engine.apply_at(program.handle, layer, address, len(before) - first) == moved
         assert same_bits(found, expected)
+        found = before.copy()
+        address = found.ctypes.data + first * 4 * N_EMBD
+        done = engine.apply_tokens_at(program, "residual", layer, address, len(before) - first, 0)
+        assert done == (moved, count)
+        assert same_bits(found, expected)
+        assert engine.apply_tokens_at(program, "mlp", layer, address, len(before) - first, 0) == (0.0, 0)
 
 
 def test_nothing_is_done_at_a_layer_without_a_direction() -> None:
     program = compiled((1, make_vector(layers=(1, 3))))
     out = np.zeros((2, N_EMBD), dtype=np.float32)
     for layer in (0, 2, 4, 5, -1, N_LAYER, 2**31 - 1, -(2**31)):
-        assert program.apply(layer, out) == 0.0
+        assert program.apply(layer, out) == (0.0, 0)
     assert not out.any()
 
 
 def test_a_program_keeps_nothing_of_its_vectors() -> None:
-    vector = SimpleNamespace(
-        layer_ids=np.array([1], dtype=np.int32), rows=make_vector(layers=(1,)).rows.copy()
-    )
+    rows = make_vector(layers=(1,)).rows.copy()
+    ids = np.array([1], dtype=np.int32)
+    vector = SimpleNamespace(layer_ids=ids, layers=(1,), rows=rows, site="residual", width=N_EMBD, rank=1)
     direction = vector.rows.copy()
-    program = CompiledProgram(N_LAYER, N_EMBD, [(1.0, vector)])
+    program = CompiledProgram(N_LAYER, [Dose(1.0, vector)])  # type: ignore[arg-type]
     vector.rows[:] = np.nan
     vector.layer_ids[:] = 0
     out = np.zeros((1, N_EMBD), dtype=np.float32)
@@ -322,30 +348,32 @@ def test_large_terms_may_cancel() -> None:
     assert compiled((2.0, large), (-1.0, large)).layers == [1]
     assert norm_kept((2.0, large), (-1.0, large)).layers == [1]
     with pytest.raises(VectorError, match="add up to NaN or infinity"):  # two sums, each on its own
-        CompiledProgram(N_LAYER, N_EMBD, [(2.0, large)], [(-1.0, large)])
+        both([(2.0, large)], [(-1.0, large)])
+
+
+SIZES = "sizes must be positive, the same at one place, and those of the hook"
+LAYERS = "a layer that the model does not have, or layers that do not ascend"
 
 
 @pytest.mark.parametrize(
-    ("n_layer", "n_embd", "terms", "message"),
+    ("n_layer", "terms", "message"),
     [
-        (0, N_EMBD, [], "n_layer and n_embd must be positive, and a program's those of its hook"),
-        (N_LAYER, 0, [], "n_layer and n_embd must be positive, and a program's those of its hook"),
-        (-1, N_EMBD, [], "n_layer and n_embd must be positive, and a program's those of its hook"),
-        (
-            2,
-            N_EMBD,
-            [(1, make_vector())],
-            "a layer that the model does not have, or layers that do not ascend",
-        ),
-        (N_LAYER, 4, [(1, make_vector())], "expected rows of 4, got 5"),
-        (N_LAYER, N_EMBD, [(1, make_vector()), (1, one(1, 2))], "expected rows of 5, got 2"),
+        (0, [], SIZES),
+        (-1, [], SIZES),
+        (2, [(1, make_vector())], LAYERS),
+        (N_LAYER, [(1, make_vector()), (1, one(1, 2))], SIZES),
+        (N_LAYER, [(1, one(1, 2, layer=1)), (1, one(1, 2, 3, layer=1))], SIZES),
     ],
 )
-def test_terms_that_do_not_fit_are_refused(n_layer: int, n_embd: int, terms: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        CompiledProgram(n_layer, n_embd, terms)
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        CompiledProgram(n_layer, n_embd, [], terms)
+def test_terms_that_do_not_fit_are_refused(n_layer: int, terms: list[Any], message: str) -> None:
+    for added, kept in ((terms, []), ([], terms)):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            both(added, kept, n_layer)
+
+
+def test_the_same_width_is_only_needed_at_one_place() -> None:
+    program = both([(1, one(1, 2, layer=1)), (1, one(1, 2, 3, layer=2))], [])
+    assert [program.width("residual", layer) for layer in range(4)] == [0, 2, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -405,12 +433,19 @@ def test_every_status_has_an_exception_of_its_own() -> None:
         ("MIEN_ERR_TENSOR", SteeringNotApplied),
         ("MIEN_ERR_NOT_MET", SteeringNotApplied),
         ("MIEN_ERR_NOT_APPLIED", SteeringNotApplied),
+        ("MIEN_ERR_GATE", RecipeError),
+        ("MIEN_ERR_ROWS", SteeringNotApplied),
     ],
 )
 def test_a_status_means_this_exception(name: str, kind: type[Exception]) -> None:
     with pytest.raises(kind) as caught:
         engine.check(statuses()[name])
     assert type(caught.value) is kind
+
+
+def test_every_status_has_a_row_above() -> None:
+    table = next(mark for mark in test_a_status_means_this_exception.pytestmark)  # type: ignore[attr-defined]
+    assert {name for name, _ in table.args[1]} == set(statuses())
 
 
 def test_a_library_without_the_functions_is_refused() -> None:

@@ -45,8 +45,9 @@ def test_arithmetic_prints_cosines() -> None:
 
 
 @pytest.mark.model
-def test_a_batch_of_tempers_has_a_row_each() -> None:
-    text = run_python("examples/batch_of_tempers.py")
+@pytest.mark.parametrize("example", ["batch_of_tempers", "tempers_of_sequences"])
+def test_a_batch_of_tempers_has_a_row_each(example: str) -> None:
+    text = run_python(f"examples/{example}.py")
     rows = re.findall(r"^ *(plain|joy|fear|calm)  (.+)$", text, re.MULTILINE)
     assert [name for name, _ in rows] == ["plain", "joy", "fear", "calm"]
     assert len({answer for _, answer in rows}) == 4

@@ -409,9 +409,9 @@ def test_too_many_rows_for_the_model_say_what_may_be_meant(tmp_path: Path) -> No
 
 @pytest.mark.model
 def test_a_models_file_has_the_fingerprint_of_the_loaded_model(model_path: Path, load: Any) -> None:
-    from mien.runtimes import llama
+    from mien.runtimes import llama_context
 
-    assert fingerprint_of(model_path) == llama.fingerprint_of(load())
+    assert fingerprint_of(model_path) == llama_context.fingerprint_of(load()._model.model)
 
 
 def test_a_models_folder_has_a_fingerprint(tmp_path: Path) -> None:
@@ -695,7 +695,7 @@ def test_a_pickle_is_refused_for(case: str, tmp_path: Path) -> None:
 
 def test_a_dimension_of_one_may_have_any_stride(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.pt", tensor(8, 3, [1, 5], [2**200, 1]), data0=bytes(32))
-    assert read(path).vector.n_embd == 5
+    assert read(path).vector.width == 5
 
 
 def test_many_tensors_of_one_storage_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from mien import reference
 from mien.fingerprint import Fingerprint
 from mien.recipe import Recipe, Term
 from mien.registry import shipped_packs
-from mien.runtimes.llama import LlamaRuntime, fingerprint_of
+from mien.runtimes.llama import LlamaRuntime
+from mien.runtimes.llama_context import fingerprint_of
 from mien.steering import Steering
 from mien.vector import Vector
 
@@ -745,18 +746,29 @@ def test_capture_takes_the_last_block_too(load: Callable[..., Any]) -> None:
     np.testing.assert_allclose(last[-1, 0], many[-1, -1], rtol=1e-3, atol=1e-2)
 
 
-def test_a_program_whose_layers_were_never_met_raises(
+def test_blocks_whose_outputs_are_not_found_are_said_before_anything_changes(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for an architecture whose blocks are not all named l_out-N."""
     llm = load()
-    more = replace(fingerprint_of(llm), n_layer=N_LAYER + 2)
-    monkeypatch.setattr("mien.runtimes.llama.fingerprint_of", lambda llm: more)
+    more = replace(fingerprint_of(llm._model.model), n_layer=N_LAYER + 2)
+    monkeypatch.setattr("mien.runtimes.llama.fingerprint_of", lambda model: more)
     steering = mien.attach(llm)
-    steering.set(make_vector(layers=[5, N_LAYER]))
-    with pytest.raises(mien.SteeringNotApplied, match=rf"never evaluated: \[{N_LAYER}\]") as error:
+    with pytest.raises(
+        mien.SiteNotFound, match="no site 'residual' in layer 30: blocks end in no node l_out-N"
+    ):
+        steering.set(make_vector(layers=[5, N_LAYER]))
+    assert not steering.recipe.terms
+
+
+def test_a_program_whose_layers_were_never_met_raises(load: Callable[..., Any]) -> None:
+    llm = load()
+    steering = mien.attach(llm)
+    llm._mien.hook.locate("residual", 7, N_EMBD, "elsewhere")
+    steering.set(make_vector(layers=[5, 7]))
+    with pytest.raises(mien.SteeringNotApplied, match=r"never evaluated: \[7\] \(residual\)") as error:
         llm.eval(tokens_of(llm, 4))
-    assert error.value.layers == (N_LAYER,)
+    assert error.value.layers == (7,)
     assert llm._mien.tags == []
 
 
@@ -903,7 +915,7 @@ def test_a_vector_for_another_model_is_refused_and_the_recipe_stays(
 
 
 def test_the_fingerprint_is_that_of_the_shipped_pack(load: Callable[..., Any]) -> None:
-    found = fingerprint_of(load())
+    found = fingerprint_of(load()._model.model)
     assert (found.architecture, found.n_layer, found.n_embd) == ("llama", N_LAYER, N_EMBD)
     assert len(found.vocabulary) == 64
 

@@ -10,7 +10,7 @@ from typing import Any
 import mien
 import numpy as np
 import pytest
-from mien import calibration, contrast
+from mien import calibration, contrast, reference
 from mien.calibration import Calibration, Dose, bake, calibrate, repetition, within_budget
 from mien.contrast import Sample
 from mien.errors import MienError
@@ -83,6 +83,16 @@ def test_a_direction_is_the_difference_of_means_at_the_same_block(load: Callable
     expected = (states[0] + states[1]) / 2 - states[2]
     for layer, row in vector.directions.items():
         np.testing.assert_allclose(row, expected[layer], rtol=1e-6, atol=1e-6)
+    # The middle of the two means reads as zero, and they as a half and minus a half.
+    sides = {
+        -0.5: states[2],
+        0.5: (states[0] + states[1]) / 2,
+        0.0: (states[0] + states[1]) / 4 + states[2] / 2,
+    }
+    for layer in vector.layers:
+        for readout, side in sides.items():
+            found = reference.readout(side[None, layer].astype(np.float32), vector, layer)
+            assert found[0] == pytest.approx(readout, abs=1e-4)
     assert vector.meta["samples"] == [2, 1]
     assert vector.meta["kind"] == "emotion"
     assert type(llm).__name__ == "Llama"  # detached again
@@ -94,6 +104,9 @@ def test_members_of_a_group_add_up_to_nothing(load: Callable[..., Any]) -> None:
     vectors = extract_group(load(), groups, layers=[5, 20])
     total = vectors["a"] + vectors["b"] + vectors["c"]
     assert total.norm() < 1e-4 * vectors["a"].norm()
+    assert sum(vector.readouts[0, 0] @ vector.rows[0] for vector in vectors.values()) == pytest.approx(3)
+    means = [vector._means() for vector in vectors.values()]  # of one centre, whose parts add up to nothing
+    assert np.abs(np.sum(means, axis=0)).max() < 1e-4 * np.abs(means).max()
     strength = vectors["a"].meta["strength"]
     norms = vectors["a"].meta["stream_norm"]
     assert isinstance(strength, list)
@@ -191,6 +204,30 @@ def test_baking_makes_the_chosen_dose_one() -> None:
     assert baked.meta["strength"] == [0.05]
     assert baked.meta["calibration.dose"] == [0.0, 1.0, 2.0]
     assert baked.meta["calibration.repetition"] == [0.0, 0.1, 0.4]
+
+
+@pytest.mark.parametrize("scale", [0.25, -2.0])
+def test_baking_keeps_what_is_read_and_decided(scale: float) -> None:
+    rows = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
+    meta: dict[str, Any] = {"center": [0.5, -1.0, 3.0, 0.0], "kind": "trait", "samples": 3}
+    plane = Vector("v", (0, 1), rows, model_hint="x", meta=meta, site="mlp")
+    baked = calibration.bake_scale(plane, scale)
+    assert (baked.name, baked.site, baked.rank) == ("v", "mlp", 2)
+    assert baked.meta["center"] == [value / scale for value in meta["center"]]
+    assert (baked.meta["kind"], baked.meta["samples"], baked.meta["scale"]) == ("trait", 3, scale)
+    # The same activations are at zero, and on the probe's plane.
+    np.testing.assert_allclose(
+        (baked.center[..., None] * baked.spans).sum(1), (plane.center[..., None] * rows).sum(1), rtol=1e-6
+    )
+    probe = Vector("p", (1,), rows[:1, 0], model_hint="x", meta={"bias": [1.5]})
+    assert calibration.bake_scale(probe, scale).meta["bias"] == [1.5 * scale]
+
+
+def test_baking_nothing_leaves_nothing_to_read() -> None:
+    probe = Vector("p", (1,), np.ones((1, 4)), model_hint="x", meta={"bias": [1.5], "center": [2.0]})
+    baked = calibration.bake_scale(probe, 0.0)
+    assert "center" not in baked.meta
+    assert baked.meta["bias"] == [0.0]
 
 
 @pytest.mark.model

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import mien
+import numpy as np
 import pytest
-from mien.errors import MienError, ModelMismatch, NameNotFound, PackError, VectorFileError
+from mien import exporting, install, registry
+from mien.errors import MienError, ModelMismatch, NameNotFound, PackError, VectorError, VectorFileError
 from mien.fingerprint import Fingerprint
 from mien.pack import Entry, Pack
+from mien.vector import Vector
 from packs import MODEL, OTHER_MODEL, contents, make_pack, make_vector
 
 GOLDEN = """\
@@ -172,6 +175,26 @@ REFUSED_MANIFESTS = {
         'kind = "mood"',
         r"vectors\.joy\.kind: expected 'emotion', 'trait' or '', got 'mood'",
     ),
+    "site unknown": (
+        'kind = "emotion"\npositive = "full of joy"',
+        'site = "queries"',
+        r"vectors\.joy\.site: expected one of residual, attention, .*, got 'queries'",
+    ),
+    "site a number": (
+        'kind = "emotion"\npositive = "full of joy"',
+        "site = 3",
+        r"vectors\.joy\.site: expected one of residual, attention, .*, got 3",
+    ),
+    "rank zero": (
+        'kind = "emotion"\npositive = "full of joy"',
+        "rank = 0",
+        r"vectors\.joy\.rank: expected a positive number, got 0",
+    ),
+    "rank a truth": (
+        'kind = "emotion"\npositive = "full of joy"',
+        "rank = true",
+        r"vectors\.joy\.rank: expected a positive number, got True",
+    ),
     "pole in two lines": ('"full of joy"', r'"a\nb"', r"vectors\.joy\.positive: expected one line of text"),
 }
 
@@ -262,6 +285,10 @@ def break_model(folder: Path) -> None:
     edit(folder, "n_layer = 4", "n_layer = 5")
 
 
+def break_site(folder: Path) -> None:
+    edit(folder, 'kind = "emotion"\npositive = "full of joy"', 'site = "mlp"\nrank = 2')
+
+
 def break_by_no_fingerprint(folder: Path) -> None:
     digest = sha256(folder / "joy.gguf")
     make_vector("joy", model=None).save(folder / "joy.gguf")
@@ -276,6 +303,7 @@ BROKEN_VECTORS = [
     (break_file, VectorFileError, r"joy\.gguf: broken or cut short"),
     (break_name, PackError, r"joy\.gguf: expected the vector 'delight', .*got 'joy'"),
     (break_model, ModelMismatch, r"joy\.gguf does not fit .*layers 4, the model has 5"),
+    (break_site, PackError, r"joy\.gguf: expected site mlp and rank 2, .*, got residual and 1"),
     (break_by_no_fingerprint, PackError, r"joy\.gguf: expected the fingerprint of its model .*got none"),
 ]
 
@@ -292,6 +320,53 @@ def test_load_refuses_and_verify_reports(
     with pytest.raises(kind, match=message):
         pack.load("delight" if damage is break_name else "joy")
     assert any(isinstance(problem, kind) and re.search(message, str(problem)) for problem in pack.verify())
+
+
+def of_every_kind() -> list[Vector]:
+    """Vectors of MODEL that only files of mien's own can hold, and one that is a control vector."""
+    rows = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    return [
+        Vector("plane", (1, 2), rows, MODEL, meta={"kind": "trait", "center": [0.5] * 6}),
+        Vector("probe", (1, 2), rows[:, 0], MODEL, meta={"bias": [1.0, 2.0]}),
+        mien.of_heads("quiet", {(0, 1): -1.0}, 2, 4, fingerprint=MODEL),
+        mien.of_neurons("spark", {3: {700: 2.0}}, 1000, fingerprint=MODEL),
+    ]
+
+
+def test_a_pack_carries_vectors_of_every_kind(tmp_path: Path) -> None:
+    vectors = {vector.name: vector for vector in of_every_kind()}
+    for vector in vectors.values():
+        vector.save(tmp_path / "mixed" / f"{vector.name}.gguf")
+    built = Pack.build(tmp_path / "mixed", name="mixed", version="1.0", licence="MIT")
+    said = {name: (entry.site, entry.rank) for name, entry in built.entries.items()}
+    assert said == {
+        "plane": ("residual", 3),
+        "probe": ("residual", 1),
+        "quiet": ("heads", 1),
+        "spark": ("neurons", 1),
+    }
+    text = (tmp_path / "mixed" / "pack.toml").read_text()
+    assert (text.count("site ="), text.count("rank =")) == (2, 1)
+    archive = install.export(built, tmp_path / "mixed.zip")
+    installed = install.install(archive)
+    assert installed.verify() == []
+    for name, vector in vectors.items():
+        assert installed.load(name).digest == vector.digest
+        assert dict(installed.load(name).meta) == dict(vector.meta)
+        assert registry.load(f"mixed.{name}").site == vector.site
+
+
+def test_a_pack_with_other_sites_is_not_exported_for_other_programs(tmp_path: Path) -> None:
+    for vector in of_every_kind():
+        vector.save(tmp_path / "mixed" / f"{vector.name}.gguf")
+    built = Pack.build(tmp_path / "mixed", name="mixed", version="1.0", licence="MIT")
+    before = contents(tmp_path)
+    with pytest.raises(
+        VectorError, match=r"^plane: llama\.cpp's control vectors have one direction a layer of"
+    ):
+        exporting.export(built, tmp_path / "out", "llama.cpp")
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_is_empty_for_a_sound_pack(folder: Path) -> None:

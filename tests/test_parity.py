@@ -7,6 +7,7 @@ here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gguf.quants import dequantize
 from llama_cpp._internals import LlamaBatch
 from makers import DictRegistry
 from mien.contrast import read_lines
-from mien.errors import MienError
+from mien.errors import MienError, SiteNotFound
 from mien.registry import Registry
 from mien.runtimes.hf_text import chat_inputs, load_hf, stream
 from mien.vector import Floats, Vector
@@ -37,7 +38,14 @@ def load_llama_exactly(path: Path, n_ctx: int, n_threads: int = 1, **options: An
     """With a KV cache in float32: by default it is half precision, which transformers' is not."""
     exact = llama_cpp.GGML_TYPE_F32
     return llama_cpp.Llama(
-        str(path), n_ctx=n_ctx, n_threads=n_threads, type_k=exact, type_v=exact, verbose=False, **options
+        str(path),
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        type_k=exact,
+        type_v=exact,
+        verbose=False,
+        **options,
     )
 
 
@@ -72,10 +80,17 @@ class Pair:
         found: Floats = torch.cat(logits).numpy()
         return found
 
-    def difference(self, tokens: list[int]) -> float:
-        """The greatest between two logits, in standard deviations of all of them."""
+    def compare(self, tokens: list[int]) -> tuple[float, Floats]:
+        """The greatest difference between two logits, in standard deviations of all of them, and the logits
+        that transformers finds."""
         ours, theirs = self.llama_logits(tokens), self.hf_logits(tokens)
-        return float(np.abs(ours - theirs).max() / theirs.std())
+        return float(np.abs(ours - theirs).max() / theirs.std()), theirs
+
+    @cached_property
+    def unsteered(self) -> tuple[float, Floats]:
+        """`compare` of `make_tokens`, with nothing set."""
+        self.set(None)
+        return self.compare(make_tokens())
 
     def state_difference(self, tokens: list[int]) -> Floats:
         """By layer, the greatest in the block's output, over the median length of a row."""
@@ -97,7 +112,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for steering in (pair.llama, pair.hf):
         steering._registry = pair.vectors  # type: ignore[attr-defined]
     pair.noise = NOISE["gelu" if is_gelu(tiny.model) else "silu"]  # type: ignore[attr-defined]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two have nothing to share of models this small, and wait for each other
     yield pair
+    torch.set_num_threads(threads)
     llm.close()
 
 
@@ -111,17 +129,46 @@ def tiny_vectors(pair: Pair) -> list[Vector]:
     model = pair.llama.model
     layers = range(1, model.n_layer)
     tokens = make_tokens()
-    lengths = np.linalg.norm(pair.hf.capture(tokens, list(layers), len(tokens)), axis=2)
-    found = []
-    for seed, name in enumerate(("joy", "anger")):
-        rows = np.random.default_rng(seed).standard_normal((len(layers), model.n_embd))
-        rows *= 0.3 * np.median(lengths, axis=1)[:, None] / np.linalg.norm(rows, axis=1)[:, None]
-        found.append(Vector(name, tuple(layers), rows.astype(np.float32), model_hint=model.architecture))
+    lengths = np.median(np.linalg.norm(pair.hf.capture(tokens, list(layers), len(tokens)), axis=2), axis=1)
+
+    def rows(seed: int, *rank: int) -> Floats:
+        found = np.random.default_rng(seed).standard_normal((len(layers), *rank, model.n_embd))
+        found *= 0.3 / np.linalg.norm(found, axis=-1, keepdims=True)
+        found *= lengths.reshape(-1, *[1] * (found.ndim - 1))
+        return found.astype(np.float32)
+
+    def vector(name: str, made: Floats, **meta: Any) -> Vector:
+        return Vector(name, tuple(layers), made, model_hint=model.architecture, meta=meta)
+
+    found = [vector("joy", rows(0)), vector("anger", rows(1)), vector("plane", rows(2, 2))]
+    found.append(vector("probe", rows(3), bias=[0.1] * len(layers)))
     joy = found[0].directions
-    singles = [
+    found += [
         Vector(f"at{layer}", (layer,), joy[layer][None], model_hint=model.architecture) for layer in layers
     ]
-    return [*found, *singles]
+    return [*found, *site_vectors(pair)]
+
+
+def site_vectors(pair: Pair) -> list[Vector]:
+    """At every layer of each site that the model has: constants to add, gains, and experts to choose."""
+    runtime, model = pair.hf._runtime, pair.hf.model
+    assert runtime is not None
+    found = []
+    for seed, site in enumerate(("attention", "mlp", "heads", "neurons", "experts")):
+        try:
+            width = runtime.width(site, 0)
+        except SiteNotFound:
+            continue
+        random = np.random.default_rng(100 + seed)
+        kinds = {site: 0.2 * random.standard_normal((model.n_layer, width)), f"{site}_gain": None}
+        kinds[f"{site}_gain"] = random.choice([-1.0, 0.0, 0.5], (model.n_layer, width))
+        if site == "experts":
+            kinds = {"one_expert": np.eye(width)[np.arange(model.n_layer) % width]}
+        for name, rows in kinds.items():
+            made = np.asarray(rows, dtype=np.float32)
+            layers = tuple(range(model.n_layer))
+            found.append(Vector(name, layers, made, model_hint=model.architecture, site=site))
+    return found
 
 
 def make_tokens() -> list[int]:
@@ -147,15 +194,127 @@ def test_both_know_the_same_model(pair: Pair) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_steered_logits_differ_by_no_more_than_unsteered_ones(pair: Pair, recipe: str) -> None:
-    tokens = make_tokens()
-    pair.set(None)
-    unsteered, plain = pair.difference(tokens), pair.hf_logits(tokens)
+    only_reply = 'joy(when="response"' in recipe and "prompt" not in recipe
+    must_agree(pair, recipe, REPLY if only_reply else EVERY, least=0.05)
+
+
+# Of operators, windows and gates: which tokens of GIVEN + MADE they change, at least and at most.
+EVERY = range(GIVEN + MADE)
+REPLY = range(GIVEN, GIVEN + MADE)
+OPERATORS: list[tuple[str, range]] = [
+    ("ablate(joy)", EVERY),
+    ("0.5*ablate(plane) - 0.5*anger", EVERY),
+    ("ablate(joy) + ablate(anger)", EVERY),
+    ("clamp(joy, 1.5)", EVERY),
+    ("clamp(plane, (1.0, -0.5))", EVERY),
+    ("edit(probe, margin=1)", EVERY),
+    ("scale(joy, 0.3)", EVERY),
+    ("purify(joy, anger)", EVERY),
+    ("ablate(anger) + clamp(joy, 1) + edit(probe) + scale(anger, 0.1) + joy + anger(keep_norm=True)", EVERY),
+    ("joy(start=1, stop=3)", range(GIVEN + 1, GIVEN + MADE)),
+    ("joy(decay=2, ramp=2)", REPLY),
+    ("clamp(joy, 1.5, start=2)", range(GIVEN + 2, GIVEN + MADE)),
+]
+
+
+@pytest.mark.parametrize(("recipe", "tokens_changed"), OPERATORS)
+def test_operators_and_windows_do_the_same_in_both(pair: Pair, recipe: str, tokens_changed: range) -> None:
+    must_agree(pair, recipe, tokens_changed)
+
+
+def must_agree(pair: Pair, recipe: str, tokens_changed: range, least: float | None = None) -> Floats:
+    """Logits under `recipe` differ by no more than unsteered ones do, and just those tokens' change.
+
+    least: how much, in standard deviations; by default more than noise. Returns by how much they do.
+    """
+    unsteered, plain = pair.unsteered
     pair.set(recipe)
-    assert pair.difference(tokens) <= max(2 * unsteered, pair.noise)  # type: ignore[attr-defined]
-    changed = np.abs(pair.hf_logits(tokens) - plain).max(axis=1) / plain.std()
-    first = GIVEN if 'joy(when="response"' in recipe and "prompt" not in recipe else 0
-    assert (changed[first:] > 0.05).all()
-    assert not changed[:first].any()
+    difference, steered = pair.compare(make_tokens())
+    assert difference <= max(2 * unsteered, pair.noise)  # type: ignore[attr-defined]
+    changed: Floats = np.abs(steered - plain).max(axis=1) / plain.std()
+    assert (changed[list(tokens_changed)] > (least or pair.noise)).all()  # type: ignore[attr-defined]
+    assert not changed[: tokens_changed.start].any()
+    return changed
+
+
+SITES = [
+    ("attention", ["attention", "attention(keep_norm=True)", "scale(attention_gain, 0.2)"]),
+    ("mlp", ["mlp", "ablate(mlp)", "scale(mlp_gain, 0.2)"]),
+    ("heads", ["heads", "scale(heads_gain)", "scale(heads_gain, 0.3, decay=3) + joy"]),
+    ("neurons", ["neurons", "scale(neurons_gain)", "0.1*joy + clamp(neurons, 0.5)"]),
+    ("experts", ["force(one_expert)", "forbid(one_expert)", "force(one_expert, start=1) + joy"]),
+]
+
+
+@pytest.mark.parametrize(("site", "recipe"), [(site, recipe) for site, found in SITES for recipe in found])
+def test_each_site_is_the_same_place_in_both(pair: Pair, site: str, recipe: str) -> None:
+    """Where neither has it, both say so."""
+    missing = []
+    for steering in (pair.llama, pair.hf):
+        assert steering._runtime is not None
+        try:
+            steering._runtime.width(site, 0)
+        except SiteNotFound as error:
+            missing.append(str(error))
+    assert len(missing) in (0, 2), missing
+    if missing:
+        assert all(
+            f"no site '{site}' in layer 0: its MLP" in text or "no mixture" in text for text in missing
+        )
+        return
+    must_agree(pair, recipe, EVERY)
+
+
+@pytest.mark.parametrize(
+    "manner", ["above={t}", "below={t}", "above={t}, hysteresis={h}", "above={t}, latch=True"]
+)
+def test_gates_open_on_the_same_tokens_in_both(pair: Pair, manner: str) -> None:
+    """The threshold is where no readout is near, so that noise decides nothing."""
+    tokens = make_tokens()
+    with pair.hf.watch("at1") as watch:
+        pair.set(None)
+        pair.hf_logits(tokens)
+    readouts = np.sort(watch.series("at1", prompt=True))
+    assert len(readouts) == GIVEN + MADE
+    middle = len(readouts) // 4 + int(np.diff(readouts[len(readouts) // 4 : -len(readouts) // 4]).argmax())
+    threshold, gap = (readouts[middle] + readouts[middle + 1]) / 2, readouts[middle + 1] - readouts[middle]
+    gate = manner.format(t=threshold, h=1.5 * gap)
+    # at layer 1 alone: elsewhere there is nothing to read
+    changed = must_agree(pair, f"gate(anger, on=at1, {gate})", range(0))
+    assert changed.any()
+
+
+def test_both_read_the_same_while_they_run(pair: Pair) -> None:
+    tokens = make_tokens()
+    pair.set("0.5*joy - anger")
+    with pair.llama.watch("joy", "anger") as ours, pair.hf.watch("joy", "anger") as theirs:
+        pair.llama_logits(tokens)
+        pair.hf_logits(tokens)
+    for name in ("joy", "anger"):
+        for after in (False, True):
+            one, other = (watch.by_layer(name, after=after, prompt=True) for watch in (ours, theirs))
+            assert one.shape == other.shape == (GIVEN + MADE, pair.llama.model.n_layer - 1)
+            assert np.isfinite(one).all()
+            assert np.abs(one - other).max() <= 10 * max(pair.noise, 1e-4) * np.abs(other).max()  # type: ignore[attr-defined]
+
+
+def test_both_count_the_same_experts(pair: Pair) -> None:
+    tokens, n_layer = make_tokens(), pair.llama.model.n_layer
+    pair.set(None)
+    counts = []
+    for steering, run in ((pair.llama, pair.llama_logits), (pair.hf, pair.hf_logits)):
+        if not hasattr(pair.model.config, "num_experts_per_tok"):
+            with pytest.raises(SiteNotFound, match="experts"):
+                steering.count_experts()
+            continue
+        steering.count_experts()
+        run(tokens)
+        counts.append(steering.expert_counts)
+        steering.count_experts(False)
+    for found in counts:
+        assert set(found) == set(range(n_layer))
+        assert all(count.sum() == len(tokens) * 2 for count in found.values())
+        assert all((count == counts[0][layer]).all() for layer, count in found.items())
 
 
 def test_each_layer_is_the_same_layer_in_both(pair: Pair) -> None:
@@ -229,7 +388,16 @@ def test_the_vocabulary_digests_agree(real: tuple[Pair, Any]) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("recipe", [STEERED, "joy(keep_norm=True)", 'joy(when="response") - anger'])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        STEERED,
+        "joy(keep_norm=True)",
+        'joy(when="response") - anger',
+        "ablate(joy) + clamp(calm, 1) + 0.5*purify(fear, sadness)",
+        "joy(start=1, ramp=2, decay=3)",
+    ],
+)
 def test_the_real_model_is_steered_alike(real: tuple[Pair, Any], recipe: str) -> None:
     """Per-layer activations of a prompt, and logits of the prompt's end and of tokens after it."""
     pair, tokenizer = real

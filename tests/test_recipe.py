@@ -9,7 +9,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from makers import make_vector
 from mien.errors import RecipeError
-from mien.recipe import MAX_DEPTH, MAX_LENGTH, WINDOWS, Recipe, Term, as_recipe, parse
+from mien.recipe import (
+    DEFAULT_MARGIN,
+    MAX_DEPTH,
+    MAX_GATES,
+    MAX_LENGTH,
+    OPERATORS,
+    WINDOWS,
+    Gate,
+    Mix,
+    Pure,
+    Recipe,
+    Term,
+    as_recipe,
+    parse,
+    require_sound,
+)
 
 
 def terms(recipe: Recipe) -> list[tuple[float, Any]]:
@@ -190,12 +205,246 @@ def test_the_canonical_text_parses_to_the_same_recipe(text: str) -> None:
     assert str(parse(str(recipe))) == str(recipe)
 
 
+# Operators, windows and gates.
+
+SAD = Mix(((1.0, "fear"), (-0.5, "joy")))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ablate(joy)", [Term(1.0, "joy", operator="ablate")]),
+        ("0.5*ablate(joy)", [Term(0.5, "joy", operator="ablate")]),
+        ("ablate(joy)(0.5)", [Term(0.5, "joy", operator="ablate")]),
+        ("ablate(fear - joy/2)", [Term(1.0, SAD, operator="ablate")]),
+        ("ablate(-joy)", [Term(1.0, Mix(((-1.0, "joy"),)), operator="ablate")]),
+        ("ablate(1*joy + 0*fear)", [Term(1.0, "joy", operator="ablate")]),
+        ("ablate(a.joy)", [Term(1.0, "a.joy", operator="ablate")]),
+        ("ablate(joy) - ablate(joy)", []),
+        ("ablate(joy)/2 + ablate(joy)/4", [Term(0.75, "joy", operator="ablate")]),
+        ("clamp(joy, 1)", [Term(1.0, "joy", operator="clamp", value=(1.0,))]),
+        ("clamp(joy, -1/4)", [Term(1.0, "joy", operator="clamp", value=(-0.25,))]),
+        ("clamp(joy, (1,))", [Term(1.0, "joy", operator="clamp", value=(1.0,))]),
+        ("clamp(joy, (1, -2, 0.5))/2", [Term(0.5, "joy", operator="clamp", value=(1.0, -2.0, 0.5))]),
+        (
+            "clamp(joy, 1)/2 + clamp(joy, 2)/2",
+            [Term(0.5, "joy", operator="clamp", value=(v,)) for v in (1.0, 2.0)],
+        ),
+        ("edit(joy)", [Term(1.0, "joy", operator="edit", value=(DEFAULT_MARGIN,))]),
+        ("edit(joy, margin=2)", [Term(1.0, "joy", operator="edit", value=(2.0,))]),
+        ("edit(-joy, margin=-1/2)", [Term(1.0, Mix(((-1.0, "joy"),)), operator="edit", value=(-0.5,))]),
+        ("scale(joy)", [Term(1.0, "joy", operator="scale")]),
+        ("scale(joy, -1)", [Term(-1.0, "joy", operator="scale")]),
+        ("2*scale(joy, 0.25)", [Term(0.5, "joy", operator="scale")]),
+        ("scale(joy, 0)", []),
+        ("force(joy)", [Term(1.0, "joy", operator="force")]),
+        ("forbid(joy)", [Term(1.0, "joy", operator="forbid")]),
+        ("purify(joy, fear)", [Term(1.0, Pure("joy", ("fear",)))]),
+        ("0.5*purify(joy, fear, a.b)", [Term(0.5, Pure("joy", ("fear", "a.b")))]),
+        ("ablate(purify(joy, fear))", [Term(1.0, Pure("joy", ("fear",)), operator="ablate")]),
+        (
+            "ablate(purify(joy, fear) - calm)",
+            [Term(1.0, Mix(((1.0, Pure("joy", ("fear",))), (-1.0, "calm"))), operator="ablate")],
+        ),
+        (
+            "ablate(refusal) + clamp(calm, 1.0) + 0.5*purify(openness, conscientiousness)",
+            [
+                Term(1.0, "refusal", operator="ablate"),
+                Term(1.0, "calm", operator="clamp", value=(1.0,)),
+                Term(0.5, Pure("openness", ("conscientiousness",))),
+            ],
+        ),
+        # pack.NAME may be called what an operator is
+        ("p.ablate(0.5) + ablate(p.gate)", [Term(0.5, "p.ablate"), Term(1.0, "p.gate", operator="ablate")]),
+    ],
+)
+def test_an_operator_makes_a_term_of_vectors(text: str, expected: list[Term]) -> None:
+    assert parse(text) == Recipe(tuple(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("joy(start=5)", Term(1.0, "joy", start=5)),
+        ("joy(stop=50)", Term(1.0, "joy", stop=50)),
+        ("joy(start=5, stop=6)", Term(1.0, "joy", start=5, stop=6)),
+        ("joy(stop=6, start=5)", Term(1.0, "joy", start=5, stop=6)),
+        ("joy(start=0)(start=3)", Term(1.0, "joy", start=3)),
+        ("joy(ramp=10)", Term(1.0, "joy", ramp=10)),
+        ("joy(decay=40)", Term(1.0, "joy", decay=40.0)),
+        ("joy(decay=1/3)", Term(1.0, "joy", decay=1 / 3)),
+        ("joy(start=2)(2, ramp=3)(decay=4)", Term(2.0, "joy", start=2, ramp=3, decay=4.0)),
+        ("joy(when='response', start=2)", Term(1.0, "joy", "response", start=2)),
+        ("joy(turn=2)", Term(1.0, "joy", turn=(2, 2))),
+        ("joy(turn=(2, 4))", Term(1.0, "joy", turn=(2, 4))),
+        ("joy(turn=(3, 3))", Term(1.0, "joy", turn=(3, 3))),
+        ("joy(turn=(2, None))", Term(1.0, "joy", turn=(2, None))),
+        ("joy(turn=1, when='prompt')", Term(1.0, "joy", "prompt", turn=(1, 1))),
+        ("joy(keep_norm=True, decay=8)", Term(1.0, "joy", keep_norm=True, decay=8.0)),
+        ("ablate(joy, start=3)", Term(1.0, "joy", operator="ablate", start=3)),
+        ("ablate(joy)(start=3)", Term(1.0, "joy", operator="ablate", start=3)),
+        ("scale(joy, 2, decay=3, turn=2)", Term(2.0, "joy", operator="scale", decay=3.0, turn=(2, 2))),
+        (
+            "clamp(joy, 1, when='response')",
+            Term(1.0, "joy", "response", operator="clamp", value=(1.0,)),
+        ),
+        ("edit(joy, stop=4, margin=1)", Term(1.0, "joy", operator="edit", value=(1.0,), stop=4)),
+        ("gate(joy, on=fear, above=0.5)", Term(1.0, "joy", gates=(Gate("fear", 0.5),))),
+        ("gate(joy, on=fear, below=-1/2)", Term(1.0, "joy", gates=(Gate("fear", None, -0.5),))),
+        (
+            "gate(joy, on=fear - joy/2, above=0, below=1, hysteresis=0.25, latch=True)",
+            Term(1.0, "joy", gates=(Gate(SAD, 0.0, 1.0, 0.25, True),)),
+        ),
+        ("gate(joy, on=fear, above=1, latch=False)", Term(1.0, "joy", gates=(Gate("fear", 1.0),))),
+        ("2*gate(joy, on=fear, above=1)(0.5)", Term(1.0, "joy", gates=(Gate("fear", 1.0),))),
+        (
+            "gate(ablate(joy), on=purify(fear, joy), above=1)",
+            Term(1.0, "joy", operator="ablate", gates=(Gate(Pure("fear", ("joy",)), 1.0),)),
+        ),
+        ("gate(joy, on=fear, above=1, stop=9)", Term(1.0, "joy", stop=9, gates=(Gate("fear", 1.0),))),
+        ("gate(joy(stop=9), on=fear, above=1)", Term(1.0, "joy", stop=9, gates=(Gate("fear", 1.0),))),
+        (
+            "gate(gate(joy, on=fear, above=1), on=calm, below=2)",
+            Term(1.0, "joy", gates=(Gate("fear", 1.0), Gate("calm", None, 2.0))),
+        ),
+    ],
+)
+def test_a_window_says_when_and_a_gate_on_what(text: str, expected: Term) -> None:
+    assert parse(text) == Recipe((expected,))
+
+
+def test_a_gate_and_a_window_hold_for_every_term_inside() -> None:
+    gate = Gate("calm", 0.5)
+    found = parse("gate(joy + ablate(fear)/2, on=calm, above=0.5)(turn=2, start=3)")
+    assert found == Recipe(
+        (
+            Term(1.0, "joy", start=3, turn=(2, 2), gates=(gate,)),
+            Term(0.5, "fear", operator="ablate", start=3, turn=(2, 2), gates=(gate,)),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("ablate( joy )*.5", "0.5*ablate(joy)"),
+        ("ablate(joy/1)", "ablate(joy)"),
+        ("ablate(-joy - .5*fear)", "ablate(-joy - 0.5*fear)"),
+        ("clamp(joy, 1)", "clamp(joy, 1.0)"),
+        ("clamp(joy, (1, 2))(stop=4)", "clamp(joy, (1.0, 2.0), stop=4)"),
+        ("edit(joy)", "edit(joy)"),
+        ("edit(joy, margin=2)(when='prompt')", 'edit(joy, margin=2.0, when="prompt")'),
+        ("scale(joy, -2)", "-2.0*scale(joy)"),
+        ("purify(joy,fear , calm)*2", "2.0*purify(joy, fear, calm)"),
+        (
+            "joy(keep_norm=True, turn=(1, None), decay=4, ramp=3, stop=9, start=1, when='response')",
+            'joy(when="response", start=1, stop=9, ramp=3, decay=4.0, keep_norm=True, turn=(1, None))',
+        ),
+        ("joy(turn=(2, 2))", "joy(turn=2)"),
+        (
+            "gate(2*joy, latch=True, below=3, hysteresis=1, above=-1, on=fear)(start=2)",
+            "2.0*gate(joy(start=2), on=fear, above=-1.0, below=3.0, hysteresis=1.0, latch=True)",
+        ),
+        (
+            "gate(gate(force(joy), on=a, above=0), on=-b, below=1)",
+            "gate(gate(force(joy), on=a, above=0.0), on=-b, below=1.0)",
+        ),
+    ],
+)
+def test_the_canonical_text_of_an_operator_is_short(text: str, canonical: str) -> None:
+    assert str(parse(text)) == canonical
+    assert parse(canonical) == parse(text)
+
+
+names = st.sampled_from(["joy", "fear", "calm", "pack.joy", "größe"])
+doses = st.floats(-99, 99).filter(bool)
+thresholds = st.floats(-9, 9)
+pures = st.builds(Pure, names, st.lists(names, min_size=1, max_size=2).map(tuple))
+vector_names = st.one_of(names, pures)
+mixes = st.builds(
+    lambda parts: Mix(tuple((c, name) for name, c in parts.items())),
+    st.dictionaries(vector_names, doses, min_size=1, max_size=3),
+).filter(lambda mix: len(mix.parts) > 1 or mix.parts[0][0] != 1)
+sources = st.one_of(vector_names, mixes)
+gates = st.builds(
+    lambda on, bounds, low, high, slack, latch: Gate(
+        on, bounds[0] if low or not high else None, bounds[1] if high else None, slack, latch
+    ),
+    sources,
+    st.tuples(thresholds, thresholds).map(sorted).filter(lambda bounds: bounds[0] < bounds[1]),
+    st.booleans(),
+    st.booleans(),
+    st.one_of(st.just(0.0), st.floats(0, 9)),
+    st.booleans(),
+)
+
+
+@st.composite
+def sound_terms(draw: st.DrawFn) -> Term:
+    """Any term that a text can say."""
+    operator = draw(st.sampled_from(OPERATORS))
+    source = draw(vector_names if operator == "add" else sources)
+    coefficient = draw(doses)
+    if operator in ("ablate", "clamp", "edit"):
+        coefficient = draw(st.floats(0.01, 1))
+    if operator in ("force", "forbid"):
+        coefficient = 1.0
+    if operator == "edit" and isinstance(source, Mix):
+        source = Mix(source.parts[:1]) if source.parts[0][0] != 1 else source.parts[0][1]
+    value: tuple[float, ...] = ()
+    if operator == "clamp":
+        value = tuple(draw(st.lists(thresholds, min_size=1, max_size=3)))
+    if operator == "edit":
+        value = (draw(st.one_of(st.just(DEFAULT_MARGIN), thresholds)),)
+    first = draw(st.integers(1, 9))
+    turn = draw(st.sampled_from([None, (first, first), (first, first + 2), (first, None)]))
+    when = draw(st.sampled_from(WINDOWS))
+    start, length, ramp = (draw(st.integers(0, 9)) for _ in range(3))
+    counted: dict[str, Any] = {"start": start, "stop": start + length if length else None, "ramp": ramp}
+    counted["decay"] = draw(st.one_of(st.none(), st.floats(0.01, 1e6)))
+    if when == "prompt":
+        counted = {}
+    keep_norm = operator == "add" and draw(st.booleans())
+    around = tuple(draw(st.lists(gates, max_size=MAX_GATES)))
+    return Term(coefficient, source, when, keep_norm, operator, value, turn=turn, gates=around, **counted)
+
+
+@given(st.lists(sound_terms(), max_size=4))
+def test_every_term_has_a_text_that_means_it(found: list[Term]) -> None:
+    unlike = {(term.text,): term for term in found}
+    recipe = Recipe(tuple(unlike.values()))
+    for term in recipe.terms:
+        require_sound(term)
+    assert parse(str(recipe)) == recipe
+    assert str(parse(str(recipe))) == str(recipe)
+
+
+@pytest.mark.parametrize("count", [2, 32, 33, 100, 200])
+def test_a_sum_of_many_has_a_text_that_can_be_read_again(count: int) -> None:
+    def balanced(parts: list[str]) -> str:
+        middle = len(parts) // 2
+        return f"({balanced(parts[:middle])}+{balanced(parts[middle:])})" if middle else parts[0]
+
+    text = balanced([f"-v{i}" for i in range(count)])
+    for recipe in (parse(text), parse(f"ablate({text})")):
+        assert parse(str(recipe)) == recipe
+    assert len(parse(text).terms) == count
+
+
 # What is refused: the problem, and the place.
 
 CALL = (
-    "a call takes one number, the dose, when= and keep_norm=; "
-    "operators such as ablate(...) are not in this version yet"
+    "a call takes one number, the dose, and keywords; operators are ablate, clamp, edit, scale, force, "
+    "forbid, gate, purify"
 )
+KEYWORDS = "a call takes a dose, keep_norm=, when=, start=, stop=, ramp=, decay= and turn="
+NO_VECTOR = "expected a vector, got a number"
+NO_SUM_OF_VECTORS = "expected a vector or a sum of vectors, without windows or operators"
+PURIFY = "purify takes the names of two vectors or more: purify(joy, anger)"
+GATE_WHAT = "gate: say on= which vector, and above= or below= which readout"
+STOP = "stop: expected more than start"
+COUNTED = "start, stop, ramp and decay count tokens of the reply"
+TURN = "turn: expected a reply's number from 1, or (first, last)"
 NO_CALL = "a number can't be called; write * between a number and a vector"
 WINDOW = "when: expected one of 'all', 'prompt', 'response'"
 NORM = "keep_norm: expected True or False"
@@ -222,7 +471,7 @@ ONLY_OPERATORS = "has no meaning in a recipe; use + - * /"
         ("joy % 2", f"Mod {ONLY_OPERATORS}", 0),
         ("joy // 2", f"FloorDiv {ONLY_OPERATORS}", 0),
         ("joy @ 2", f"MatMult {ONLY_OPERATORS}", 0),
-        ("joy + ablate(fear)", CALL, 6),
+        ("joy + ablate(0.5)", NO_VECTOR, 13),
         ("fear + joy(1, 2)", CALL, 7),
         ("joy(2)(fear)", CALL, 0),
         ("calm - joy(0.5, fear, when='prompt')", CALL, 7),
@@ -243,10 +492,124 @@ ONLY_OPERATORS = "has no meaning in a recipe; use + - * /"
         ("joy(when='prompt', keep_norm=None)", NORM, 29),
         ("joy(keep_norm=yes)", NORM, 14),
         ("joy(keep_norm=not False)", NORM, 14),
-        ("joy(dose=2)", "no dose here; a call takes a dose, when= and keep_norm=", 9),
-        ("joy(_replace=2)", "no _replace here; a call takes a dose, when= and keep_norm=", 13),
-        ("joy(name='fear')", "no name here; a call takes a dose, when= and keep_norm=", 9),
-        ("fear + joy(**calm)", "no ** here; a call takes a dose, when= and keep_norm=", 13),
+        ("joy(dose=2)", f"no dose here; {KEYWORDS}", 9),
+        ("joy(_replace=2)", f"no _replace here; {KEYWORDS}", 13),
+        ("joy(name='fear')", f"no name here; {KEYWORDS}", 9),
+        ("fear + joy(**calm)", f"no ** here; {KEYWORDS}", 13),
+        # operators
+        ("joy + ablate", "ablate is an operator; a vector of that name is pack.ablate", 6),
+        ("2*gate - joy", "gate is an operator; a vector of that name is pack.gate", 2),
+        ("joy + ablate()", "ablate takes one vector: ablate(joy)", 6),
+        ("joy - edit(calm, 1)", "edit takes one vector: edit(joy)", 6),
+        ("force(calm, fear)", "force takes one vector: force(joy)", 0),
+        ("forbid(2*3)", NO_VECTOR, 7),
+        ("ablate(joy - joy)", "expected a vector, and these cancel", 7),
+        ("ablate(0*joy)", "expected a vector, and these cancel", 7),
+        ("ablate(joy(when='prompt'))", NO_SUM_OF_VECTORS, 7),
+        ("ablate(joy(keep_norm=True) + fear)", NO_SUM_OF_VECTORS, 7),
+        ("ablate(ablate(joy))", NO_SUM_OF_VECTORS, 7),
+        ("fear + ablate(gate(joy, on=calm, above=1))", NO_SUM_OF_VECTORS, 14),
+        ("ablate(joy, keep_norm=1)", NORM, 22),
+        ("ablate(joy, margin=1)", f"no margin here; {KEYWORDS}", 19),
+        ("ablate(joy, on=fear)", f"no on here; {KEYWORDS}", 15),
+        ("ablate(joy, start=1, start=2)", "a keyword is given twice", 0),
+        ("clamp(joy)", "clamp takes a vector and the readout to reach: clamp(calm, 1.0)", 0),
+        ("joy + clamp(joy, 1, 2)", "clamp takes a vector and the readout to reach: clamp(calm, 1.0)", 6),
+        ("clamp(joy, fear)", "clamp: expected a number", 11),
+        ("clamp(joy, ())", "clamp: expected a number, or one for each direction", 11),
+        ("clamp(joy, (1, fear))", "clamp: expected a number", 15),
+        ("clamp(joy, (1, (2, 3)))", f"Tuple {ONLY}", 15),
+        ("clamp(joy, 1e999)", "a coefficient is not finite", 11),
+        ("clamp(2, 1)", NO_VECTOR, 6),
+        ("edit(joy + fear)", "edit: a sum of probes is none; name one, or -one for its other side", 0),
+        ("edit(joy, margin=fear)", "margin: expected a number", 17),
+        ("edit(joy, margin=1/0)", "division by zero", 17),
+        ("scale()", "scale takes a vector and a number: scale(heads, -1)", 0),
+        ("scale(joy, 1, 2)", "scale takes a vector and a number: scale(heads, -1)", 0),
+        ("scale(joy, fear)", "scale: expected a number", 11),
+        ("scale(joy, 1e308)*1e10", "a coefficient is not finite", 0),
+        ("purify(joy)", PURIFY, 0),
+        ("fear - purify(joy, 2*fear)", PURIFY, 7),
+        ("purify(joy, fear + calm)", PURIFY, 0),
+        ("purify(joy, purify(fear, calm))", PURIFY, 0),
+        ("purify(joy, fear, when='prompt')", PURIFY, 0),
+        ("purify(joy, 2)", NO_VECTOR, 12),
+        ("purify(joy, ablate(fear))", NO_SUM_OF_VECTORS, 12),
+        # operators whose strength has no meaning
+        ("2*ablate(joy)", "ablate(joy): ablate takes a strength from 0 to 1, got 2", None),
+        ("joy - ablate(fear)", "ablate(fear): ablate takes a strength from 0 to 1, got -1", None),
+        ("ablate(joy) + ablate(joy)/10", "ablate(joy): ablate takes a strength from 0 to 1, got 1.1", None),
+        ("-clamp(joy, 1)", "clamp(joy, 1.0): clamp takes a strength from 0 to 1, got -1", None),
+        ("3*edit(joy)", "edit(joy): edit takes a strength from 0 to 1, got 3", None),
+        ("force(joy)/2", "force(joy): force takes no coefficient, got 0.5", None),
+        ("-forbid(joy)", "forbid(joy): forbid takes no coefficient, got -1", None),
+        (
+            "ablate(joy, keep_norm=True)",
+            "ablate(joy, keep_norm=True): only what is added can keep the norm",
+            None,
+        ),
+        (
+            "(joy + scale(fear))(keep_norm=True)",
+            "scale(fear, keep_norm=True): only what is added can keep the norm",
+            None,
+        ),
+        # windows
+        ("joy(start=-1)", "start: expected a count of tokens", 10),
+        ("joy(start=1.0)", "start: expected a count of tokens", 10),
+        ("joy(stop=True)", "stop: expected a count of tokens", 9),
+        ("joy(ramp=fear)", "ramp: expected a count of tokens", 9),
+        ("joy(stop=None)", "stop: expected a count of tokens", 9),
+        (f"joy(start={1 << 31})", "start: expected a count of tokens", 10),
+        ("joy(stop=0)", STOP, 9),
+        ("joy(start=5, stop=5)", STOP, 18),
+        ("joy(stop=5)(start=7)", STOP, 18),
+        ("joy(decay=0)", "decay: expected a half-life in tokens, more than 0", 10),
+        ("joy(decay=-1)", "decay: expected a half-life in tokens, more than 0", 10),
+        ("joy(decay=fear)", "decay: expected a number", 10),
+        ("joy(decay=1e999)", "a coefficient is not finite", 10),
+        ("joy(when='prompt', start=1)", COUNTED, 25),
+        ("joy(decay=4, when='prompt')", COUNTED, 18),
+        ("joy(start=1)(start=2)", "start is given twice for joy", 19),
+        ("joy(decay=1)(decay=2)", "decay is given twice for joy", 19),
+        ("joy(turn=0)", TURN, 9),
+        ("joy(turn=-1)", TURN, 9),
+        ("joy(turn=1.0)", TURN, 9),
+        ("joy(turn=True)", TURN, 9),
+        ("joy(turn=None)", TURN, 9),
+        ("joy(turn=())", TURN, 9),
+        ("joy(turn=(1,))", TURN, 9),
+        ("joy(turn=(1, 2, 3))", TURN, 9),
+        ("joy(turn=(3, 2))", TURN, 9),
+        ("joy(turn=(None, 2))", TURN, 9),
+        ("joy(turn=(1, 2.0))", TURN, 9),
+        ("joy(turn=fear)", TURN, 9),
+        ("joy(turn=1)(turn=2)", "turn is given twice for joy", 17),
+        # gates
+        ("gate()", "gate takes one term: gate(calm, on=anger, above=0.5)", 0),
+        ("joy + gate(joy, fear)", "gate takes one term: gate(calm, on=anger, above=0.5)", 6),
+        ("gate(2, on=fear, above=1)", "gate: expected a term, got a number", 5),
+        ("gate(joy, above=1)", GATE_WHAT, 0),
+        ("gate(joy, on=fear)", GATE_WHAT, 0),
+        ("gate(joy, on=fear, latch=True, hysteresis=1)", GATE_WHAT, 0),
+        ("gate(joy, on=2, above=1)", NO_VECTOR, 13),
+        ("gate(joy, on=ablate(fear), above=1)", NO_SUM_OF_VECTORS, 13),
+        ("gate(joy, on=fear(when='prompt'), above=1)", NO_SUM_OF_VECTORS, 13),
+        ("gate(joy, on=fear, above=calm)", "above: expected a number", 25),
+        ("gate(joy, on=fear, above=None)", f"Constant {ONLY}", 25),
+        ("gate(joy, on=fear, below=1, latch=1)", "latch: expected True or False", 34),
+        ("gate(joy, on=fear, above=1, hysteresis=-1)", "hysteresis: expected 0 or more", 0),
+        (
+            "gate(joy, on=fear, above=1, below=1)",
+            "gate: nothing is above its lower and below its upper bound",
+            0,
+        ),
+        ("gate(joy, on=fear, above=1, dose=2)", f"no dose here; {KEYWORDS}", 33),
+        ("gate(joy, on=fear, on=calm, above=1)", "a keyword is given twice", 0),
+        (
+            "gate(" * 5 + "joy" + ", on=fear, above=1)" * 5,
+            f"expected at most {MAX_GATES} gates around a term",
+            0,
+        ),
         ("joy(*calm)", f"Starred {ONLY}", 4),
         ("joy(x for x in calm)", f"GeneratorExp {ONLY}", 3),
         ("joy('prompt')", f"Constant {ONLY}", 4),
@@ -313,7 +676,7 @@ def test_a_refusal_says_what_and_where(text: str, problem: str, offset: int | No
     assert (error.problem, error.offset) == (problem, offset)
     lines = str(error).split("\n")
     assert lines[0] == f"recipe: {problem}"
-    if offset is None:
+    if offset is None:  # of the recipe as a whole
         assert len(lines) == 1
     else:
         _, shown, caret = lines
@@ -357,6 +720,8 @@ fragments = st.one_of(
     st.sampled_from(
         ["joy", "fear", "a.b", "1", "0", "2.5", "1e308", "1e999", "1j", "lambda ", " if ", " or "]
     ),
+    st.sampled_from(["ablate(", "clamp(", "edit(", "scale(", "gate(", "purify(", ", on=joy", ", above=1"]),
+    st.sampled_from(["(start=2)", "(stop=9)", "decay=", "turn=(1, 2)", "latch=True", ", 1)", ", ", "ablate"]),
     st.sampled_from("+-*/() \n#.,=:[]{}'\"\\~|_\0é"),
     st.sampled_from(["(0.5)", "when=", "'prompt'", '"response"', "(keep_norm=True)", "(when='all')"]),
 )
@@ -374,8 +739,34 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         place = 0
     assert 0 <= place <= len(text)
     assert all(math.isfinite(c) and c != 0 for c, _ in terms(recipe))
-    assert len({(term.name, term.when, term.keep_norm) for term in recipe.terms}) == len(recipe.terms)
+    assert len({term.text for term in recipe.terms}) == len(recipe.terms)
     assert parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("term", "problem"),
+    [
+        (Term(1.0, "joy", "later"), "when: expected one of 'all', 'prompt', 'response', got 'later'"),
+        (
+            Term(1.0, "joy", operator="boost"),
+            "operator: expected one of add, ablate, clamp, edit, scale, force, ",
+        ),
+        (Term(2.0, "joy", operator="ablate"), "ablate(joy): ablate takes a strength from 0 to 1, got 2"),
+        (Term(math.nan, "joy", operator="edit", value=(1.0,)), "edit takes a strength from 0 to 1, got nan"),
+        (Term(2.0, "joy", operator="force"), "force(joy): force takes no coefficient, got 2"),
+        (Term(1.0, "joy", "all", True, "scale"), "only what is added can keep the norm"),
+        (Term(1.0, "joy", "prompt", start=1), "start, stop, ramp and decay count tokens of the reply"),
+        (Term(1.0, "joy", start=-1), "expected 0 <= start < stop, ramp from 0 and decay above 0"),
+        (Term(1.0, "joy", start=3, stop=3), "expected 0 <= start < stop, ramp from 0 and decay above 0"),
+        (Term(1.0, "joy", ramp=-1), "expected 0 <= start < stop, ramp from 0 and decay above 0"),
+        (Term(1.0, "joy", decay=0.0), "expected 0 <= start < stop, ramp from 0 and decay above 0"),
+        (Term(1.0, "joy", decay=math.nan), "expected 0 <= start < stop, ramp from 0 and decay above 0"),
+    ],
+)
+def test_a_term_made_by_hand_must_have_a_meaning(term: Term, problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        require_sound(term)
+    assert problem in str(caught.value)
 
 
 # The other forms.

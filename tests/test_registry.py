@@ -133,8 +133,8 @@ def test_the_model_chooses_among_packs(shipped: Path, user: Path) -> None:
     make_pack(shipped / "tiny", vectors=["joy"])
     make_pack(user / "wide", name="wide", vectors=["calm", "joy"], model=OTHER_MODEL)
     registry = Registry()
-    assert registry.find("joy", OTHER_MODEL).n_embd == 16
-    assert registry.find("joy", MODEL).n_embd == 8
+    assert registry.find("joy", OTHER_MODEL).width == 16
+    assert registry.find("joy", MODEL).width == 8
     assert registry.names(OTHER_MODEL) == ["calm", "joy"]
     assert registry.names(MODEL) == ["joy"]
     assert registry.names() == ["calm", "joy"]
@@ -210,7 +210,7 @@ def test_without_model_a_name_for_two_models_must_say_which(shipped: Path, user:
         ModelMismatch, match=r"packs for different models.*Say which: tiny\.joy or wide\.joy\."
     ):
         registry.find("joy")
-    assert registry.find("wide.joy").n_embd == 16
+    assert registry.find("wide.joy").width == 16
     make_pack(user / "wide-two", name="tiny", vectors=["joy"], model=OTHER_MODEL)
     registry.refresh()
     with pytest.raises(ModelMismatch, match=r"Say for which model, or give the file's path\."):

@@ -19,7 +19,15 @@ import numpy as np
 import pytest
 from makers import DictRegistry, make_vector, same_bits
 from mien import reference
-from mien.errors import MienError, ModelMismatch, NameNotFound, RecipeError, RuntimeNotSupported, VectorError
+from mien.errors import (
+    MienError,
+    ModelMismatch,
+    NameNotFound,
+    RecipeError,
+    RuntimeNotSupported,
+    SiteNotFound,
+    VectorError,
+)
 from mien.program import NOTHING
 from mien.recipe import Recipe, Term, parse
 from mien.runtimes.fake import NumpyModel, NumpyRuntime
@@ -130,6 +138,31 @@ def attached(bench: Bench) -> Iterator[tuple[Bench, Steering]]:
 
 
 Attached = tuple[Bench, Steering]
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def shared(request: pytest.FixtureRequest) -> Bench:
+    """A bench with vectors of other sites, a probe and a subspace that fit its model, too."""
+    bench: Bench = request.param(request, 0)
+    size = float(np.abs(bench.one.rows).max())
+
+    def add(name: str, *args: Any, **options: Any) -> None:
+        made = make_vector(name, *args, fingerprint=bench.fingerprint, **options)
+        bench.registry.vectors[name] = replace(made, rows=made.rows * np.float32(size))
+
+    add("probe", [2], 5, meta={"bias": [0.25]})
+    add("centred", [2], 6, meta={"center": [0.5]})
+    add("plane", [2], 7, rank=2)
+    add("attended", [1, 2], 8, site="attention")
+    add("thought", [0, 2], 9, site="mlp")
+    return bench
+
+
+@pytest.fixture
+def placed(shared: Bench) -> Iterator[Attached]:
+    """As `attached`, on a model that others of these tests attach to, too."""
+    with shared.attach() as steering:
+        yield shared, steering
 
 
 # Bit-identical to a model never touched.
@@ -279,6 +312,233 @@ def test_at_one_layer_what_is_added_comes_before_what_keeps_the_norm(attached: A
         moved = np.linalg.norm((steered - plain).astype(np.float64), axis=1)
         shift = steering.applied.layers[2].shift  # of both together
         assert shift == pytest.approx(float(np.sqrt((moved**2).mean())), rel=1e-5)
+
+
+def alike(found: Floats, expected: Floats, plain: Floats) -> None:
+    """To what float32 sums of products leave: see SLACK in test_operators."""
+    size = float(np.linalg.norm(plain.astype(np.float64), axis=-1).max())
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ablate(one)",
+        "0.5*ablate(one)",
+        "ablate(plane)",
+        "clamp(one, 1)",
+        "clamp(centred, -2)",
+        "clamp(plane, (1, -1))",
+        "clamp(one, 1) + clamp(centred, 2)",
+        "edit(probe, margin=1)",
+        "edit(-probe)",
+        "scale(one, 0.25)",
+        "one + ablate(plane) - 2*one(keep_norm=True)",
+        "gate(one, on=centred, above={middle})",
+        "gate(one, on=centred, below={middle}) + ablate(plane)",
+        "purify(one, centred)",
+    ],
+)
+def test_an_operator_is_the_reference_at_its_layer(placed: Attached, text: str) -> None:
+    bench, steering = placed
+    plain = steering.capture(TOKENS, [1, 2, 3], len(TOKENS))
+    readouts = reference.readout(plain[1], bench.registry.vectors["centred"], 2)
+    text = text.format(middle=(np.sort(readouts)[2] + np.sort(readouts)[3]) / 2)
+    steering.set(text)
+    steered = steering.capture(TOKENS, [1, 2, 3], len(TOKENS))
+    doses = steering.compile(text).prompt.doses
+    expected = reference.apply(doses, "residual", 2, plain[1])
+    assert same_bits(steered[0], plain[0])
+    alike(steered[1], expected, plain[1])
+    assert not np.allclose(steered[1], plain[1], rtol=1e-4)
+    moved = np.linalg.norm((steered - plain)[1].astype(np.float64), axis=1)
+    done = steering.applied.layers[2]
+    assert done.rows == (moved > 0).sum()
+    assert done.shift == pytest.approx(float(np.sqrt((moved**2).sum() / done.rows)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("thought", {"mlp": [0, 2]}),
+        ("attended", {"attention": [1, 2]}),
+        ("ablate(thought)", {"mlp": [0, 2]}),
+        ("joy + attended - scale(thought)", {"residual": None, "attention": [1, 2], "mlp": [0, 2]}),
+    ],
+)
+def test_a_site_is_steered_where_it_is(
+    placed: Attached, text: str, places: dict[str, list[int] | None]
+) -> None:
+    bench, steering = placed
+    steering.set(text)
+    assert not bench.is_plain()
+    expected = {site: layers or list(bench.joy.layers) for site, layers in places.items()}
+    assert {site: list(done) for site, done in steering.applied.places.items()} == expected
+    assert steering.compile(text).layers == tuple(sorted({n for layers in expected.values() for n in layers}))
+    steering.clear()
+    assert bench.is_plain()
+
+
+def test_what_is_added_to_the_mlp_is_added_to_the_stream(placed: Attached) -> None:
+    bench, steering = placed
+    plain = steering.capture(TOKENS, [0, 1], len(TOKENS))
+    thought = bench.registry.vectors["thought"]
+    steering.set("thought")
+    steered = steering.capture(TOKENS, [0, 1], len(TOKENS))
+    alike(steered[0], plain[0] + thought.directions[0], plain[0])
+    assert not np.allclose(steered[1], plain[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["joy(stop=9)", "ablate(one, start=1)", "thought(decay=4)", "clamp(one, 1, ramp=3)", "joy(turn=2)"],
+)
+def test_what_counts_tokens_of_a_reply_leaves_a_prompt_alone(placed: Attached, text: str) -> None:
+    bench, steering = placed
+    steering.set(text)
+    assert bench.is_plain()
+    assert not steering.applied.places
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("edit(one)", VectorError, "one is no probe: it has no bias"),
+        ("plane", VectorError, "plane has 2 directions a layer, a subspace"),
+        ("force(one)", VectorError, "force can't act at the site of one, residual"),
+        (
+            "gate(one, on=thought, above=1)",
+            VectorError,
+            "a gate reads one direction where its term acts, residual",
+        ),
+        ("clamp(one, (1, 2))", RecipeError, "expected a number, or 1, got 2"),
+        ("3*ablate(one)", RecipeError, "ablate takes a strength from 0 to 1, got 3"),
+    ],
+)
+def test_an_operator_that_is_refused_leaves_the_steering_as_it_was(
+    placed: Attached, text: str, error: type[MienError], message: str
+) -> None:
+    bench, steering = placed
+    steering.set("0.5*joy")
+    before = bench.logits()
+    with pytest.raises(error, match=message):
+        steering.set(text)
+    assert steering.recipe == parse("0.5*joy")
+    assert same_bits(bench.logits(), before)
+
+
+def test_a_site_that_the_model_does_not_have_is_refused() -> None:
+    with mien.attach(NumpyModel()) as steering:
+        heads = mien.of_heads("heads", {(1, 0): 1.0}, 2, 4)
+        for recipe in (heads, Recipe((Term(-1.0, heads, operator="scale"),))):
+            with pytest.raises(
+                SiteNotFound, match=r"^no site 'heads' in layer 1: the NumPy model has no heads"
+            ):
+                steering.set(recipe)
+
+
+# Watching.
+
+
+def test_a_watch_reads_each_token_before_and_after(placed: Attached) -> None:
+    bench, steering = placed
+    steering.set("joy + 0.5*ablate(one)")
+    rows = steering.capture(TOKENS, last=len(TOKENS))
+    heard: list[Any] = []
+    with steering.watch("joy", "one", "centred", on_token=heard.append) as watch:
+        steering.capture(TOKENS)
+    assert len(watch) == len(heard) == len(TOKENS)
+    assert watch.names == ("joy", "one", "centred")
+    assert watch.layers == bench.joy.layers
+    for name in watch.names:
+        vector = bench.registry.vectors[name]
+        found = watch.by_layer(name, prompt=True)
+        assert found.shape == (len(TOKENS), len(watch.layers))
+        weights = np.zeros(found.shape)
+        for column, layer in enumerate(watch.layers):
+            if layer not in vector.layers:
+                assert np.isnan(found[:, column]).all()
+                continue
+            known = ~np.isnan(found[:, column])
+            # Llama.cpp computes the last block of those tokens alone whose logits were asked for.
+            assert known.all() or (layer == bench.fingerprint.n_layer - 1 and known[-1])
+            expected = reference.readout(rows[layer], vector, layer)[known]
+            atol = 1e-4 * (np.abs(expected).max() + 1)
+            np.testing.assert_allclose(found[known, column], expected, rtol=1e-4, atol=atol)
+            weights[known, column] = np.square(vector.directions[layer], dtype=np.float64).sum()
+        # Over all layers it is the readout of them together.
+        over_all = (np.nan_to_num(found) * weights).sum(axis=1) / weights.sum(axis=1)
+        np.testing.assert_allclose(watch.series(name, prompt=True), over_all, rtol=1e-5)
+        assert [token.after[name] for token in heard] == pytest.approx(
+            watch.series(name, prompt=True).tolist()
+        )
+    assert watch.last == heard[-1]
+    assert {token.reply for token in heard} == {-1}
+    assert watch.series("joy").shape == (0,)  # there was no reply
+
+
+def test_before_is_what_was_there_and_after_what_was_made_of_it(placed: Attached) -> None:
+    bench, steering = placed
+    steering.set("clamp(centred, 3)")
+    with steering.watch("centred") as watch:
+        bench.logits()
+    np.testing.assert_allclose(watch.series("centred", prompt=True), 3, atol=1e-4)
+    steering.clear()
+    with steering.watch("centred") as plain:
+        bench.logits()
+    before = plain.series("centred", after=False, prompt=True)
+    np.testing.assert_allclose(watch.series("centred", after=False, prompt=True), before, rtol=1e-5)
+    np.testing.assert_array_equal(plain.series("centred", prompt=True), before)
+    assert not np.allclose(before, 3)
+
+
+def test_watching_changes_nothing(placed: Attached) -> None:
+    bench, steering = placed
+    with steering.watch("joy"):
+        assert bench.is_plain()
+        steering.set("joy")
+        steered = bench.logits()
+    assert same_bits(bench.logits(), steered)
+
+
+def test_a_watch_ends_when_it_is_stopped_or_another_begins(placed: Attached) -> None:
+    bench, steering = placed
+    first = steering.watch("joy")
+    bench.logits()
+    second = steering.watch("one")
+    bench.logits()
+    assert (len(first), len(second)) == (len(TOKENS), len(TOKENS))
+    second.stop()
+    second.stop()
+    bench.logits()
+    assert len(second) == len(TOKENS)
+    second.clear()
+    assert len(second) == 0
+    with pytest.raises(IndexError):
+        _ = second.last
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ((), VectorError, "watch: name at least one vector"),
+        (("joy", "jooy"), NameNotFound, "no vector named 'jooy'. Did you mean joy"),
+        (("alien",), ModelMismatch, "alien does not fit"),
+        (("thought",), VectorError, "thought: one direction a layer of the residual stream can be watched"),
+        (("joy", "plane"), VectorError, "plane: one direction a layer of the residual stream can be watched"),
+    ],
+)
+def test_what_can_not_be_watched_is_refused(
+    placed: Attached, names: tuple[str, ...], error: type[MienError], message: str
+) -> None:
+    bench, steering = placed
+    with steering.watch("joy") as watch:
+        with pytest.raises(error, match=message):
+            steering.watch(*names)
+        bench.logits()
+        assert len(watch) == len(TOKENS)  # the one before goes on
+    with pytest.raises(NameNotFound, match="no watched vector named 'fear'"):
+        watch.series("fear")
 
 
 def test_a_window_on_the_response_leaves_a_prompt_alone(attached: Attached) -> None:
@@ -501,6 +761,7 @@ def test_detaching_twice_does_nothing_more(attached: Attached) -> None:
         lambda steering: steering.compile("joy"),
         lambda steering: steering("joy").__enter__(),
         lambda steering: steering.capture(TOKENS),
+        lambda steering: steering.watch("joy"),
         lambda steering: steering.applied,
         lambda steering: steering.model,
         lambda steering: steering.describe(),

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
-from gguf import MODEL_ARCH
+from gguf import MODEL_ARCH, GGMLQuantizationType
 from numpy.typing import NDArray
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,9 @@ Array: TypeAlias = NDArray[np.float32]
 SEED = 20240229
 WINDOW = 24  # of the models with sliding windows: a prompt that is longer tells that both slide alike
 N_VOCAB = 128
+# In products with matrices of this type llama.cpp computes a row the same whatever rows stand beside it. Of
+# floats it does not: it has other code for a row alone than for several.
+QUANTISED = GGMLQuantizationType.Q5_1
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Tiny:
     n_vocab: int
 
 
-def build(architecture: str, folder: Path) -> Tiny:
-    """Make the model of that name, and its GGUF in `folder`: the same bytes each time."""
+def build(architecture: str, folder: Path, *, quantised: bool = False) -> Tiny:
+    """Make the model of that name, and its GGUF in `folder`: the same bytes each time.
+
+    quantised: the GGUF's matrices are QUANTISED, and so its floats no longer those of the model.
+    """
     family = _FAMILIES[architecture]
     config = getattr(transformers, family.config)(**{**_COMMON, **family.settings})
     with torch.random.fork_rng(devices=[]):  # what transformers draws is replaced
@@ -48,8 +54,8 @@ def build(architecture: str, folder: Path) -> Tiny:
         ).eval()
     _randomise(model, family.norm_offset)
     _halve_gelu(model)
-    path = folder / f"{architecture}.gguf"
-    _write(path, model, family)
+    path = folder / (f"{architecture}-{QUANTISED.name}.gguf" if quantised else f"{architecture}.gguf")
+    _write(path, model, family, quantised)
     return Tiny(model, path, config.num_hidden_layers, config.hidden_size, config.vocab_size)
 
 
@@ -205,12 +211,12 @@ def _weights(model: Any, family: _Family) -> Iterator[tuple[str, Array]]:
             yield name, family.rewrite(name, weight, model.config)
 
 
-def _write(path: Path, model: Any, family: _Family) -> None:
+def _write(path: Path, model: Any, family: _Family, quantised: bool) -> None:
     config = model.config
     names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
     _write_sizes(writer, config)
-    _write_vocabulary(writer, config.vocab_size)
+    write_vocabulary(writer, config.vocab_size)
     for name, weight in _weights(model, family):
         stem, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):  # experts are parameters without a module of their own
@@ -218,7 +224,16 @@ def _write(path: Path, model: Any, family: _Family) -> None:
         found = names.get_name(stem)
         if found is None:
             raise KeyError(f"{name}: gguf knows no name for it")
-        writer.add_tensor(f"{found}.{kind}", np.ascontiguousarray(weight))
+        weight = np.ascontiguousarray(weight)
+        if quantised and weight.ndim > 1:
+            blocks = gguf.quants.quantize(weight, QUANTISED)
+            writer.add_tensor(f"{found}.{kind}", blocks, raw_dtype=QUANTISED)
+        else:
+            writer.add_tensor(f"{found}.{kind}", weight)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -262,7 +277,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_parallel_residual(config.use_parallel_residual)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     """Texts for the ids, since llama.cpp ends the process when asked for those of a model without."""
     special = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     writer.add_tokenizer_model("llama")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PackError,
         RecipeError,
         RuntimeNotSupported,
+        SiteNotFound,
         SteeringNotApplied,
         VectorError,
         VectorFileError,
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from .pack import Pack
     from .recipe import Recipe, parse
     from .registry import Registry, load, packs
-    from .runtimes import attach
+    from .runtimes import attach, init_from_model
+    from .sites import of_experts, of_heads, of_neurons
     from .steering import Applied, Steering
     from .vector import Vector
 
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attach": "runtimes",
+    "init_from_model": "runtimes",
     "extract": "extraction",
     "Fingerprint": "fingerprint",
     "Pack": "pack",
@@ -46,6 +49,9 @@ _HOME = {
     "Registry": "registry",
     "load": "registry",
     "packs": "registry",
+    "of_experts": "sites",
+    "of_heads": "sites",
+    "of_neurons": "sites",
     "Applied": "steering",
     "Steering": "steering",
     "Vector": "vector",
@@ -57,6 +63,7 @@ _HOME = {
     "PackError": "errors",
     "RecipeError": "errors",
     "RuntimeNotSupported": "errors",
+    "SiteNotFound": "errors",
     "SteeringNotApplied": "errors",
     "VectorError": "errors",
     "VectorFileError": "errors",
@@ -76,6 +83,7 @@ __all__ = [
     "RecipeError",
     "Registry",
     "RuntimeNotSupported",
+    "SiteNotFound",
     "Steering",
     "SteeringNotApplied",
     "Vector",
@@ -84,7 +92,11 @@ __all__ = [
     "__version__",
     "attach",
     "extract",
+    "init_from_model",
     "load",
+    "of_experts",
+    "of_heads",
+    "of_neurons",
     "packs",
     "parse",
 ]

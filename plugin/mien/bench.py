@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import bench_operators
 from .runtimes import attach
 from .steering import Steering
 from .timing import Row, ratios, row
@@ -70,6 +71,12 @@ def run(
     say("swap")
     rows += _swaps(steered["in-graph"], cvec, set_cvec, prompt[:32], rounds)
     rows += _compile(steered["in-graph"][1])
+    say("operators and watching")
+    rows += bench_operators.decoding(load, lambda llm: _decoder(llm, prompt[:32]), rounds)
+    say("sequences")
+    rows += bench_operators.sequences(model, threads, max(rounds // 2, 4))
+    say("kernels")
+    rows += bench_operators.kernels(rounds)
     say("memory")
     rows += _memory(model, threads)
     return rows
@@ -85,9 +92,9 @@ class _FixedRegistry:
 
 def _vectors(llm: Any) -> dict[str, Vector]:
     """Five random vectors at every block but the first: their cost does not depend on what they say."""
-    from .runtimes.llama import fingerprint_of
+    from .runtimes.llama_context import fingerprint_of
 
-    model = fingerprint_of(llm)
+    model = fingerprint_of(llm._model.model)
     random = np.random.default_rng(0)
     layers = tuple(range(1, model.n_layer))
     return {
@@ -109,7 +116,7 @@ def _own_control_vector(llm: Any, vector: Vector) -> Callable[[], None]:
     data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
     def set_it() -> None:
-        api.llama_set_adapter_cvec(llm._ctx.ctx, data, rows.size, vector.n_embd, 1, len(rows))
+        api.llama_set_adapter_cvec(llm._ctx.ctx, data, rows.size, vector.width, 1, len(rows))
 
     set_it.rows = rows  # type: ignore[attr-defined]  # keeps the floats alive
     return set_it

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import MienError
@@ -97,13 +97,14 @@ def bake(vector: Vector, calibration: Calibration) -> Vector:
 
 
 def bake_scale(vector: Vector, scale: float, meta: Mapping[str, MetaValue] | None = None) -> Vector:
-    """`vector` times `scale`, keeping its metadata, strength included; `meta` is added."""
+    """`vector` times `scale`, keeping its metadata; what depends on its length follows. `meta` is added."""
     scaled = vector * scale
-    kept = {**vector.meta, "scale": scale, **(meta or {})}
+    kept = {key: value for key, value in vector.meta.items() if key not in ("bias", "center")}
+    kept |= {**scaled.meta, "scale": scale, **(meta or {})}
     strength = vector.meta.get("strength")
     if isinstance(strength, list):
         kept["strength"] = [float(s) * abs(scale) for s in strength]
-    return Vector(vector.name, scaled.layers, scaled.rows, vector.fingerprint, vector.model_hint, kept)
+    return replace(scaled, name=vector.name, meta=kept)
 
 
 def repetition(text: str) -> float:

@@ -5,27 +5,30 @@ Keeps buffers alive for as long as C may read them, and turns status codes into 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ._engine import ffi, lib
-from .errors import RuntimeNotSupported, SteeringNotApplied, VectorError
-from .vector import Floats
+from .errors import RecipeError, RuntimeNotSupported, SteeringNotApplied, VectorError
+from .vector import SITES, Floats, Vector
 
 PATHS: dict[str, int] = {
     "auto": lib.MIEN_PATH_AUTO,
     "in-graph": lib.MIEN_PATH_IN_GRAPH,
     "post-compute": lib.MIEN_PATH_POST,
 }
+# How llama.cpp cuts a batch of several sequences: see mien_batch.h.
+ORDERS: dict[str, int] = {"simple": 1, "equal": 2, "sequential": 3}
 PATH_NAMES = {number: name for name, number in PATHS.items()}
 
 # The bare ValueErrors can only come from a bug in mien: everything above checks first.
 _ERRORS: dict[int, Exception] = {
     lib.MIEN_ERR_MEMORY: MemoryError("mien's engine could not allocate"),
-    lib.MIEN_ERR_SHAPE: ValueError("n_layer and n_embd must be positive, and a program's those of its hook"),
+    lib.MIEN_ERR_SHAPE: ValueError("sizes must be positive, the same at one place, and those of the hook"),
     lib.MIEN_ERR_LAYER: ValueError("a layer that the model does not have, or layers that do not ascend"),
     lib.MIEN_ERR_SITE: ValueError("an unknown site"),
     lib.MIEN_ERR_OP: ValueError("an unknown operation"),
@@ -36,7 +39,11 @@ _ERRORS: dict[int, Exception] = {
         "this llama.cpp library lacks functions that mien needs; update llama-cpp-python"
     ),
     lib.MIEN_ERR_TENSOR: SteeringNotApplied(
-        "a block's output is not rows of n_embd float32, so it was left as it was"
+        "activations are not rows of float32 of the expected width, so they were left as they were"
+    ),
+    lib.MIEN_ERR_GATE: RecipeError("too many gates at one place: expected at most 32"),
+    lib.MIEN_ERR_ROWS: SteeringNotApplied(
+        "llama.cpp put the tokens of the batch into its micro-batches in an order that mien does not know"
     ),
     lib.MIEN_ERR_NOT_MET: SteeringNotApplied("layers of the recipe were never evaluated"),
     lib.MIEN_ERR_NOT_APPLIED: SteeringNotApplied("rows were computed without being steered"),
@@ -50,82 +57,267 @@ def check(status: int) -> None:
         raise type(error)(*error.args)
 
 
-class VectorLike(Protocol):
-    """What the engine reads of a vector."""
+OPERATIONS: dict[str, int] = {
+    "ablate": lib.MIEN_OP_ABLATE,
+    "clamp": lib.MIEN_OP_CLAMP,
+    "edit": lib.MIEN_OP_EDIT,
+    "scale": lib.MIEN_OP_SCALE,
+    "add": lib.MIEN_OP_ADD,
+    "add_keep_norm": lib.MIEN_OP_ADD_KEEP_NORM,
+    "forbid": lib.MIEN_OP_FORBID,
+    "force": lib.MIEN_OP_FORCE,
+}
+_SITES: dict[str, int] = {site: getattr(lib, f"MIEN_SITE_{site.upper()}") for site in SITES}
+_FOREVER = (1 << 31) - 1
+
+
+class WindowLike(Protocol):
+    """A window of tokens of a reply."""
 
     @property
-    def layer_ids(self) -> npt.NDArray[np.int32]: ...
+    def start(self) -> int: ...
     @property
-    def rows(self) -> Floats: ...
+    def stop(self) -> float: ...
+    @property
+    def ramp(self) -> int: ...
+    @property
+    def decay(self) -> float: ...
 
 
-OPERATIONS: dict[str, int] = {"add": lib.MIEN_OP_ADD, "add_keep_norm": lib.MIEN_OP_ADD_KEEP_NORM}
+class GateLike(Protocol):
+    """A condition on a readout."""
+
+    @property
+    def vector(self) -> Vector: ...
+    @property
+    def above(self) -> float: ...
+    @property
+    def below(self) -> float: ...
+    @property
+    def hysteresis(self) -> float: ...
+    @property
+    def latch(self) -> bool: ...
+    @property
+    def key(self) -> str: ...
+
+
+class DoseLike(Protocol):
+    """What the engine reads of a dose."""
+
+    @property
+    def coefficient(self) -> float: ...
+    @property
+    def vector(self) -> Vector: ...
+    @property
+    def operation(self) -> str: ...
+    @property
+    def values(self) -> tuple[float, ...]: ...
+    @property
+    def window(self) -> WindowLike: ...
+    @property
+    def gates(self) -> Sequence[GateLike]: ...
 
 
 class CompiledProgram:
     """An immutable program in C memory.
 
-    added, norm_kept: (coefficient, vector) pairs, each summed up in their order and added to a row; the
-    second sum gives the row its length back afterwards. Raises VectorError where a sum is not finite.
-    Any thread may apply it.
+    doses: in an order in which those that fold are neighbours. Raises VectorError where a sum is not
+    finite. Any thread may apply it.
     """
 
-    def __init__(
-        self,
-        n_layer: int,
-        n_embd: int,
-        added: Sequence[tuple[float, VectorLike]],
-        norm_kept: Sequence[tuple[float, VectorLike]] = (),
-    ) -> None:
-        terms = [(lib.MIEN_OP_ADD, *dose) for dose in added]
-        terms += [(lib.MIEN_OP_ADD_KEEP_NORM, *dose) for dose in norm_kept]
-        array = ffi.new("mien_term[]", max(len(terms), 1))
-        keep = []  # cffi arrays that C reads during the call
-        for term, (op, coefficient, vector) in zip(array, terms):
-            if vector.rows.shape[1] != n_embd:
-                raise ValueError(f"expected rows of {n_embd}, got {vector.rows.shape[1]}")
-            layers = ffi.from_buffer("int32_t[]", vector.layer_ids)
-            rows = ffi.from_buffer("float[]", vector.rows)
-            keep += [layers, rows]
-            term.op, term.site = op, lib.MIEN_SITE_RESIDUAL
-            term.coefficient = coefficient
-            term.n_rows = vector.rows.shape[0]
-            term.layers, term.rows = layers, rows
+    def __init__(self, n_layer: int, doses: Sequence[DoseLike]) -> None:
+        keep: list[Any] = []  # arrays that C reads during the call
+        gates: dict[str, GateLike] = {gate.key: gate for dose in doses for gate in dose.gates}
+        numbers = {key: number for number, key in enumerate(gates)}
+        c_gates = ffi.new("mien_gate[]", max(len(gates), 1))
+        for c_gate, gate in zip(c_gates, gates.values()):
+            _fill_readout(c_gate.readout, gate.vector, keep)
+            c_gate.above, c_gate.below = gate.above, gate.below
+            c_gate.hysteresis, c_gate.latch = gate.hysteresis, gate.latch
+        terms = ffi.new("mien_term[]", max(len(doses), 1))
+        for term, dose in zip(terms, doses):
+            _fill_term(term, dose, keep)
+            term.n_gates = len(dose.gates)
+            for i, gate in enumerate(dose.gates):
+                term.gates[i] = numbers[gate.key]
         out = ffi.new("mien_program **")
-        check(lib.mien_program_new(out, n_layer, n_embd, array, len(terms)))
+        check(lib.mien_program_new(out, n_layer, terms, len(doses), c_gates, len(gates)))
         self.handle = ffi.gc(out[0], lib.mien_program_release)
-        self.n_layer, self.n_embd = n_layer, n_embd
+        self.n_layer = n_layer
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """{site: the layers that it acts on, ascending}, only sites where it does."""
+        out = ffi.new("int32_t[]", self.n_layer)
+        found = {}
+        for site, number in _SITES.items():
+            if count := lib.mien_program_layers(self.handle, number, out):
+                found[site] = tuple(out[0:count])
+        return found
 
     @property
     def layers(self) -> list[int]:
-        """The layers that it acts on, ascending."""
-        out = ffi.new("int32_t[]", self.n_layer)
-        count = lib.mien_program_layers(self.handle, lib.MIEN_SITE_RESIDUAL, out)
-        return list(out[0:count])
+        """The layers that it acts on at the residual stream, ascending."""
+        return list(self.places.get("residual", ()))
 
-    def direction(self, layer: int, operation: str) -> Floats | None:
-        """What a key of OPERATIONS adds at `layer`, float32 (n_embd,), a copy; None for nothing."""
-        found = lib.mien_program_direction(self.handle, lib.MIEN_SITE_RESIDUAL, layer, OPERATIONS[operation])
+    def width(self, site: str, layer: int) -> int:
+        """How many floats a row has there, 0 where it does nothing."""
+        return cast(int, lib.mien_program_width(self.handle, _SITES[site], layer))
+
+    def direction(self, layer: int, operation: str, site: str = "residual") -> Floats | None:
+        """What an operation without window and gates has at `layer`, float32 (width,), a copy; or None."""
+        number, kind = _SITES[site], OPERATIONS[operation]
+        found = lib.mien_program_direction(self.handle, number, layer, kind)
         if not found:
             return None
-        return np.frombuffer(ffi.buffer(found, 4 * self.n_embd), dtype=np.float32).copy()
+        return np.frombuffer(ffi.buffer(found, 4 * self.width(site, layer)), dtype=np.float32).copy()
 
-    def apply(self, layer: int, rows: Floats) -> float:
-        """Steer `rows` (float32, C-contiguous, n x n_embd) in place.
+    def apply(
+        self, layer: int, rows: Floats, site: str = "residual", tokens: Tokens | None = None
+    ) -> tuple[float, int]:
+        """Steer `rows` (float32, C-contiguous, n x width) in place. tokens: what they are, all of a prompt.
 
-        Returns the sum over the rows of the squared length that each moved by.
+        Returns the sum over the rows of the squared length that each moved by (of experts: how many logits
+        were set), and how many rows were changed.
         """
-        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != self.n_embd:
-            raise ValueError(f"expected float32 rows of {self.n_embd}, got {rows.dtype} {rows.shape}")
+        width = self.width(site, layer)
+        if not width:
+            return 0.0, 0
+        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(f"expected float32 rows of {width}, got {rows.dtype} {rows.shape}")
+        if tokens is not None and len(tokens.array) < len(rows):
+            raise ValueError(f"expected {len(rows)} tokens, got {len(tokens.array)}")
         data = ffi.from_buffer("float[]", rows, require_writable=True)
-        moved = lib.mien_program_apply(self.handle, lib.MIEN_SITE_RESIDUAL, layer, data, len(rows))
-        return cast(float, moved)
+        said = tokens.array if tokens is not None else ffi.NULL
+        shift = lib.mien_program_apply(self.handle, _SITES[site], layer, data, len(rows), said)
+        return shift.squared, shift.rows
 
 
-# CompiledProgram.apply on memory that somebody else owns: apply_at(program.handle, layer, address, n_rows),
-# the address being that of n_rows contiguous rows of n_embd float32 that no one else writes meanwhile.
-# Nothing is checked: it is for a runtime's own loop, once a layer and token.
-apply_at: Callable[[Any, int, int, int], float] = lib.mien_program_apply_at
+# CompiledProgram.apply on memory that somebody else owns, at the residual stream of a prompt:
+# apply_at(program.handle, layer, address, n_rows), the address being that of n_rows contiguous rows of
+# float32 that no one else writes meanwhile. Returns the squared length alone. Nothing is checked: it is
+# for a runtime's own loop, once a layer and token.
+apply_at: Callable[[Any, int, int, int], float] = lib.mien_program_steer_at
+
+
+def apply_tokens_at(
+    program: CompiledProgram, site: str, layer: int, address: int, count: int, tokens: int
+) -> tuple[float, int]:
+    """As apply_at at any site, of any tokens: the address of Tokens, or 0 for a prompt."""
+    shift = lib.mien_program_apply_at(program.handle, _SITES[site], layer, address, count, tokens)
+    return shift.squared, shift.rows
+
+
+class Memory:
+    """What the gates of a program remember of one sequence."""
+
+    def __init__(self, program: CompiledProgram) -> None:
+        out = ffi.new("mien_memory **")
+        check(lib.mien_memory_new(out, program.handle))
+        self.handle = ffi.gc(out[0], lib.mien_memory_release)
+
+    def reserve(self, replies: int) -> None:
+        """Make room for the reply's tokens up to that number."""
+        check(lib.mien_memory_reserve(self.handle, replies))
+
+
+class Tokens:
+    """What each of some rows is, for a program.
+
+    replies: the number of its token in the reply, -1 for a prompt's. memories: of its sequence, one for
+    each row or one for all; they are kept alive and made large enough.
+    """
+
+    def __init__(
+        self, replies: Sequence[int], memories: Sequence[Memory | None] | Memory | None = None
+    ) -> None:
+        self.memories = memories
+        self.array = ffi.new("mien_token[]", max(len(replies), 1))
+        each = memories if isinstance(memories, Sequence) else [memories] * len(replies)
+        for token, reply, memory in zip(self.array, replies, each):
+            token.reply = reply
+            if memory is not None:
+                memory.reserve(reply + 1)
+                token.memory = memory.handle
+
+    def address(self, row: int = 0) -> int:
+        return int(ffi.cast("uintptr_t", self.array + row))
+
+
+class Probe:
+    """The readouts of several vectors of the residual stream, read at once. Immutable.
+
+    vectors: of one direction a layer. Raises VectorError where one can't be read.
+    """
+
+    def __init__(self, n_layer: int, vectors: Sequence[Vector]) -> None:
+        keep: list[Any] = []
+        readouts = ffi.new("mien_readout[]", max(len(vectors), 1))
+        for readout, vector in zip(readouts, vectors):
+            _fill_readout(readout, vector, keep)
+        out = ffi.new("mien_probe **")
+        check(lib.mien_probe_new(out, n_layer, readouts, len(vectors)))
+        self.handle = ffi.gc(out[0], lib.mien_probe_release)
+        self.count, self.width = len(vectors), vectors[0].width
+
+    def read(self, layer: int, rows: Floats) -> Floats:
+        """Of `rows` (float32, C-contiguous, n x width): float32 (n, vectors), NaN for no direction there."""
+        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != self.width:
+            raise ValueError(f"expected float32 rows of {self.width}, got {rows.dtype} {rows.shape}")
+        out = np.full((len(rows), self.count), np.nan, dtype=np.float32)
+        data = ffi.from_buffer("float[]", rows)
+        lib.mien_probe_read(self.handle, layer, data, len(rows), ffi.from_buffer("float[]", out))
+        return out
+
+    def read_at(self, layer: int, address: int, count: int, out: int) -> None:
+        """The same on rows and a result that somebody else owns, by their addresses."""
+        lib.mien_probe_read_at(self.handle, layer, address, count, out)
+
+
+def _floats(array: npt.NDArray[Any], keep: list[Any]) -> Any:
+    found = ffi.from_buffer("float[]", array)
+    keep.append(found)
+    return found
+
+
+def _doubles(array: npt.NDArray[np.float64], keep: list[Any]) -> Any:
+    found = ffi.from_buffer("double[]", np.ascontiguousarray(array, dtype=np.float64))
+    keep.append(found)
+    return found
+
+
+def _fill_readout(readout: Any, vector: Vector, keep: list[Any]) -> None:
+    """Only the layers where there is something to read."""
+    kept = np.flatnonzero(vector.rows.any(axis=-1))
+    layers = ffi.from_buffer("int32_t[]", np.ascontiguousarray(vector.layer_ids[kept]))
+    keep.append(layers)
+    readout.width, readout.n_rows = vector.width, len(kept)
+    readout.layers = layers
+    readout.rows = _floats(np.ascontiguousarray(vector.readouts[kept, 0]), keep)
+    readout.offsets = _doubles(vector.center[kept, 0], keep)
+
+
+def _fill_term(term: Any, dose: DoseLike, keep: list[Any]) -> None:
+    vector, operation = dose.vector, dose.operation
+    subspace = operation in ("ablate", "clamp")
+    layers = ffi.from_buffer("int32_t[]", vector.layer_ids)
+    keep.append(layers)
+    term.op, term.site = OPERATIONS[operation], _SITES[vector.site]
+    term.coefficient = dose.coefficient
+    term.width, term.rank = vector.width, vector.rank if subspace else 1
+    term.n_rows, term.layers = len(vector.layers), layers
+    term.rows = _floats(vector.basis if subspace else vector.rows, keep)
+    if operation == "clamp":
+        values = np.array(dose.values) + vector.center
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by C
+            targets = np.einsum("lr,lrw->lw", values, vector.spans.astype(np.float64)).astype(np.float32)
+        term.targets = _floats(targets, keep)
+    if operation == "edit":
+        term.biases, term.margin = _doubles(cast(Any, vector.bias), keep), dose.values[0]
+    window = dose.window
+    term.window.start, term.window.ramp = window.start, window.ramp
+    term.window.stop = int(min(window.stop, _FOREVER))
+    term.window.decay = window.decay
 
 
 def symbols() -> list[str]:
@@ -152,6 +344,7 @@ class Hook:
                 f"the in-graph path can't be had with this llama.cpp: {self.reason}; use path='auto'"
             )
         self._capture: list[Any] = []  # buffers that C may write into until the next end
+        self._counts: list[Any] = []
 
     @property
     def path(self) -> str:
@@ -172,37 +365,131 @@ class Hook:
         """Address for `cb_eval_user_data`."""
         return int(ffi.cast("uintptr_t", self._hook))
 
-    def swap(self, program: CompiledProgram | None) -> None:
-        """The program for evaluations that begin from now on. Any thread, any time."""
-        check(lib.mien_hook_swap(self._hook, program.handle if program else ffi.NULL))
+    # ---- the context's batches and sites ----
 
-    def begin(self, program: CompiledProgram | None) -> None:
-        """Before a decode: `program` acts on all of it."""
-        check(lib.mien_hook_begin(self._hook, program.handle if program else ffi.NULL))
+    def set_batching(
+        self, fields: Mapping[str, int], n_sequences: int, n_ubatch: int, orders: Sequence[str]
+    ) -> None:
+        """How batches look, and how the context cuts them. Nothing is set afterwards.
+
+        fields: where a llama_batch has its fields, in bytes, by name. orders: keys of ORDERS, the rule and
+        then what is done where that can't be kept to.
+        """
+        layout = ffi.new("mien_batch_layout *", dict(fields))
+        numbers = [ORDERS[order] for order in orders]
+        batching = ffi.new("mien_batching *", (n_sequences, n_ubatch, [*numbers, 0][:2]))
+        check(lib.mien_hook_set_batching(self._hook, layout, batching))
+
+    def scout(self) -> None:
+        """Take down the nodes of what is evaluated until `nodes`."""
+        lib.mien_hook_scout(self._hook)
+
+    def nodes(self) -> list[int]:
+        """The addresses of those ggml_tensors in order, good until the next evaluation."""
+        out = ffi.new("void *const **")
+        count = lib.mien_hook_nodes(self._hook, out)
+        return [int(ffi.cast("uintptr_t", out[0][i])) for i in range(count)]
+
+    def source(self, node: int, i: int) -> int:
+        """The address of a node's source 0 or 1; 0 for none, or where the layout did not verify."""
+        found = lib.mien_hook_source(self._hook, ffi.cast("void *", node), i)
+        return int(ffi.cast("uintptr_t", found))
+
+    def locate(
+        self, site: str, layer: int, width: int, stem: str = "", weight: int = 0, tail: int = 0
+    ) -> None:
+        """Where (site, layer) is: the node "stem-layer", or the product with the tensor at `weight`."""
+        pointer = ffi.cast("void *", weight)
+        check(lib.mien_hook_locate(self._hook, _SITES[site], layer, width, stem.encode(), pointer, tail))
+
+    # ---- what acts ----
+
+    def swap(
+        self, prompt: CompiledProgram | None, response: CompiledProgram | None, sequence: int = -1
+    ) -> None:
+        """What acts on a sequence, or on all, in evaluations that begin from now on. Any thread, any time."""
+        handles = (program.handle if program else ffi.NULL for program in (prompt, response))
+        check(lib.mien_hook_swap(self._hook, sequence, *handles))
+
+    def tell_reply(self, sequence: int, position: int) -> None:
+        """From which position on tokens are the reply; -1: work it out from the batches."""
+        lib.mien_hook_tell_reply(self._hook, sequence, position)
+
+    def shift(self, sequence: int, by: int) -> None:
+        """The cache's tokens of a sequence were moved by that many positions."""
+        lib.mien_hook_shift(self._hook, sequence, by)
+
+    def reply(self, sequence: int) -> int:
+        """The position of its reply's first token."""
+        return cast(int, lib.mien_hook_reply(self._hook, sequence))
+
+    def next(self, sequence: int) -> int:
+        """The position at which its next token is looked for."""
+        return cast(int, lib.mien_hook_next(self._hook, sequence))
+
+    def place(self, sequence: int, reply: int, next: int) -> None:
+        """What the runtime keeps of it was moved, or loaded: see mien_hook_place."""
+        lib.mien_hook_place(self._hook, sequence, reply, next)
+
+    def begin_anew(self, sequence: int) -> None:
+        """Its gates remember nothing."""
+        check(lib.mien_hook_begin_anew(self._hook, sequence))
+
+    def begin(self, batch: int) -> int:
+        """Before a decode of the llama_batch at that address: the status, for `check`."""
+        return cast(int, lib.mien_hook_begin(self._hook, batch))
 
     def end(self) -> int:
         """After a decode: the status, for `check`."""
         return cast(int, lib.mien_hook_end(self._hook))
 
-    def capture(self, layers: Sequence[int], first: int, count: int, outputs: int) -> Floats:
+    @property
+    def strays(self) -> int:
+        """How many graphs ran outside of begin and end that could not be steered."""
+        return cast(int, lib.mien_hook_strays(self._hook))
+
+    # ---- what is read ----
+
+    def capture(self, layers: Sequence[int], first: int, count: int) -> Floats:
         """For the next decode: collect the outputs of `layers` for its tokens first to first + count.
 
-        outputs: address of the batch's `logits` flags. Returns the float32 array (layers, count,
-        n_embd) that the decode fills; rows that it does not compute stay NaN.
+        Returns the float32 array (layers, count, n_embd) that the decode fills; rows that it does not
+        compute stay NaN.
         """
         buffer = np.full((len(layers), count, self.n_embd), np.nan, dtype=np.float32)
         ids = ffi.new("int32_t[]", list(layers))
         data = ffi.from_buffer("float[]", buffer, require_writable=True)
-        flags = ffi.cast("int8_t *", outputs)
-        lib.mien_hook_capture(self._hook, data, ids, len(layers), first, count, flags)
+        lib.mien_hook_capture(self._hook, data, ids, len(layers), first, count)
         self._capture = [buffer, data]
         return buffer
 
     def stop_capture(self) -> None:
-        lib.mien_hook_capture(self._hook, ffi.NULL, ffi.NULL, 0, 0, 0, ffi.NULL)
+        lib.mien_hook_capture(self._hook, ffi.NULL, ffi.NULL, 0, 0, 0)
         self._capture = []
 
-    def applied(self, layer: int) -> tuple[int, float, str, bool]:
-        """(rows steered, sum of their squared shifts, path, whether the layer was met)."""
-        applied = lib.mien_hook_applied(self._hook, layer)
+    def watch(self, probe: Probe | None) -> None:
+        """Read block outputs with `probe` from the next decode on."""
+        check(lib.mien_hook_watch(self._hook, probe.handle if probe else ffi.NULL))
+
+    def watch_into(self, before: int, after: int) -> None:
+        """Where the next decode's readouts go: addresses of float32 (tokens, n_layer, vectors)."""
+        pointers = (ffi.cast("float *", address) for address in (before, after))
+        lib.mien_hook_watch_into(self._hook, *pointers)
+
+    def tokens(self, count: int) -> tuple[list[int], list[int]]:
+        """Of a decode that was watched: each token's sequence, and its number in the reply or -1."""
+        sequences, replies = ffi.new("int32_t[]", count), ffi.new("int32_t[]", count)
+        lib.mien_hook_tokens(self._hook, sequences, replies)
+        return list(sequences), list(replies)
+
+    def count(self, counts: npt.NDArray[np.int64] | None, used: int = 0, stem: str = "") -> None:
+        """Count in `counts`, int64 (n_layer, n_expert), how often each expert is chosen; None: no longer."""
+        self._counts = [counts]
+        data = ffi.NULL if counts is None else ffi.from_buffer("int64_t[]", counts, require_writable=True)
+        n_expert = 0 if counts is None else counts.shape[1]
+        lib.mien_hook_count(self._hook, data, n_expert, used, stem.encode())
+
+    def applied(self, site: str, layer: int) -> tuple[int, float, str, bool]:
+        """(rows changed, sum of their squared shifts, path, whether the place was met)."""
+        applied = lib.mien_hook_applied(self._hook, _SITES[site], layer)
         return applied.rows, applied.moved, PATH_NAMES[applied.path], applied.met

@@ -9,6 +9,7 @@
     ├── ModelNotFound           3   no such model file, or none given
     ├── ModelMismatch           5   vector, pack and model do not belong together
     ├── RuntimeNotSupported     6   not a model that mien can attach to
+    ├── SiteNotFound            6   the model has no such site, or it can't be told where
     ├── MissingExtra            6   an optional dependency is not installed
     └── SteeringNotApplied      7   the model ran, and what was asked for did not happen
 
@@ -102,6 +103,17 @@ class RuntimeNotSupported(MienError):
     """The object is not a model that mien can attach to, or not in a state that allows it."""
 
     exit_code = 6
+
+
+class SiteNotFound(MienError):
+    """The model has no such site, or where it is can't be told. `site` is its name, `layer` the block."""
+
+    exit_code = 6
+
+    def __init__(self, site: str, layer: int | None, problem: str) -> None:
+        self.site, self.layer = site, layer
+        where = "" if layer is None else f" in layer {layer}"
+        super().__init__(f"no site {site!r}{where}: {problem}")
 
 
 class MissingExtra(MienError):

@@ -16,6 +16,7 @@ from .errors import MissingExtra, PackError, VectorError
 from .install import move_into_place
 from .pack import Pack, write_whole
 from .vector import Floats, Vector
+from .vectorfile import why_own
 
 if TYPE_CHECKING:
     from repeng import ControlVector
@@ -41,13 +42,15 @@ def write(vector: Vector, path: str | Path, format: str) -> None:
       npz, safetensors   arrays direction.N, float32; safetensors also holds the architecture
       steering-vectors   {layer: tensor} as torch.save writes it: SteeringVector(torch.load(path))
 
-    Raises MissingExtra where safetensors or torch is needed and missing, VectorError where GGUF needs an
-    architecture and it is not known, VectorFileError or PackError where the file can't be written. On
-    error a file already there is as it was.
+    Raises MissingExtra where safetensors or torch is needed and missing, VectorError for a subspace or a
+    vector of another site than the residual stream, and where GGUF needs an architecture and it is not
+    known, VectorFileError or PackError where the file can't be written. On error a file already there is as
+    it was.
     """
     path = Path(path)
     if format not in SUFFIXES:
         raise VectorError(f"format: expected one of {', '.join(SUFFIXES)}, got {format!r}")
+    _require_control_vector(vector)
     if format == "llama.cpp":
         vector.save(path)
     elif format == "repeng":
@@ -85,8 +88,9 @@ def export(pack: Pack, target: str | Path, format: str, force: bool = False) -> 
 
 def to_repeng(vector: Vector) -> ControlVector:
     """As a repeng.ControlVector, for `ControlModel(model, list(vector.layers))`: it wants its layers as a
-    list, and a direction for each. Raises MissingExtra where repeng is not installed.
+    list, and a direction for each. Raises MissingExtra where repeng is not installed, VectorError as `write`.
     """
+    _require_control_vector(vector)
     try:
         from repeng import ControlVector
     except ModuleNotFoundError as error:
@@ -98,13 +102,19 @@ def to_repeng(vector: Vector) -> ControlVector:
 def to_steering_vectors(vector: Vector) -> SteeringVector:
     """As a steering_vectors.SteeringVector, float32 on the CPU.
 
-    Raises MissingExtra where steering-vectors is not installed.
+    Raises MissingExtra where steering-vectors is not installed, VectorError as `write`.
     """
+    _require_control_vector(vector)
     try:
         from steering_vectors import SteeringVector
     except ModuleNotFoundError as error:
         raise _NotInstalled("steering-vectors") from error
     return SteeringVector(layer_activations=_tensors(vector), layer_type="decoder_block")
+
+
+def _require_control_vector(vector: Vector) -> None:
+    if why := why_own(vector):
+        raise VectorError(f"{vector.name}: {why}")
 
 
 class _NotInstalled(MissingExtra):

@@ -2,7 +2,8 @@
 
 Each text is evaluated alone and the output of every block at its last token is kept. The direction of
 block N is mean(positive) - mean(negative) there, and is added at the same block: captured at is added
-at. In a group, each member's negative is the whole group, the member included.
+at. In a group, each member's negative is the whole group, the member included. What lies in the middle
+of the contrast is kept as `center`, the readout that counts as zero.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .errors import MienError
 from .fingerprint import Fingerprint
 from .runtimes import attach
 from .runtimes.llama_text import chat_tokens, raw_tokens
+from .spans import coordinates
 from .steering import Steering
 from .vector import MetaValue, Vector
 
@@ -65,6 +67,7 @@ def extract(
     return _vector(
         name,
         difference,
+        (states["positive"].mean + states["negative"].mean) / 2,
         norms,
         model,
         kept,
@@ -100,6 +103,7 @@ def extract_group(
         name: _vector(
             name,
             state.mean - centre,
+            centre,
             norms,
             model,
             kept,
@@ -169,21 +173,24 @@ def stream_norms(steering: Steering, texts: Sequence[Sequence[int]]) -> npt.NDAr
 def _vector(
     name: str,
     difference: npt.NDArray[np.float64],
+    middle: npt.NDArray[np.float64],
     norms: npt.NDArray[np.float64],
     model: Fingerprint,
     kept: list[int],
     meta: dict[str, MetaValue],
 ) -> Vector:
-    rows = difference[kept]
-    strength = np.linalg.norm(rows, axis=1) / norms[kept]
+    rows = difference[kept].astype(np.float32)
+    strength = np.linalg.norm(rows.astype(np.float64), axis=1) / norms[kept]
+    center = coordinates(rows[:, None], (rows * middle[kept]).sum(axis=1, keepdims=True))
     meta.update(
         site="residual",
         captured_at="output of the same block",
         scale=1.0,
         strength=[float(s) for s in strength],
         stream_norm=[float(n) for n in norms[kept]],
+        center=center.ravel().tolist(),
     )
-    return Vector(name, tuple(kept), rows.astype(np.float32), model, meta=meta)
+    return Vector(name, tuple(kept), rows, model, meta=meta)
 
 
 def _tokenizer(llm: Any, raw: bool) -> Tokenizer:

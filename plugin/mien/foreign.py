@@ -135,7 +135,9 @@ def read_gguf(path: Path) -> tuple[Found, bool]:
     try:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         architecture = fields.get("general.architecture")
-        if architecture != "controlvector":
+        if architecture == vectorfile.OWN:
+            raise VectorFileError(path, vectorfile.why_own(vectorfile.load(path)))
+        if architecture != vectorfile.CONTROL:
             raise VectorFileError(
                 path, f"expected a control vector, got a GGUF file of architecture {architecture!r}"
             )

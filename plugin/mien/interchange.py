@@ -62,7 +62,7 @@ _ASSUMED = {
 }
 _ASSUMED["safetensors"] = _ASSUMED["npz"]
 # Metadata that was measured on directions of that size, at those blocks.
-_MEASURED = ("calibration.", "strength", "stream_norm")
+_MEASURED = ("calibration.", "strength", "stream_norm", "bias", "center")
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _imported_own(vector: Vector, format: str, wishes: _Wishes, refuse: Refuse) 
     rows = _placed(vector.directions, wishes, refuse, notes)
     meta = dict(vector.meta)
     if wishes.shift:
-        notes.append("its strength and calibration were left out: they were measured before the shift")
+        notes.append("its strength, calibration, bias and center were left out: measured before the shift")
         meta = {key: value for key, value in meta.items() if not key.startswith(_MEASURED)}
         meta["captured_at"] = f"{meta.get('captured_at', 'not known')}; then shifted by {wishes.shift}"
     made = Vector.from_directions(wishes.name, rows, wishes.model, hint, meta)

@@ -17,6 +17,8 @@
                     kind = "emotion"                   optional, as are the poles in words
                     positive = "joyful"
                     negative = "joyless"
+                    site = "heads"                     where it acts, if not at the residual stream
+                    rank = 3                           directions a layer, if there are several
     joy.gguf        see vectorfile.py
 
 Reading a pack reads pack.toml alone; a vector is read, and checked, when it is asked for. Keys that
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "pack.toml"
 KINDS = ("emotion", "trait", "")
+_SITE = "residual"  # where a vector acts whose entry does not say
 
 # A manifest is a page of text; a larger file is something else, and slow to parse.
 _MAX_MANIFEST = 1 << 20
@@ -69,7 +72,8 @@ class Entry:
     """One vector as the manifest has it.
 
     file: a name in the pack's folder. sha256: of the file's bytes, 64 lower-case hex digits. kind:
-    'emotion', 'trait' or ''. positive, negative: the poles in words, '' where not given.
+    'emotion', 'trait' or ''. positive, negative: the poles in words, '' where not given. site, rank: where
+    it acts, and how many directions it has a layer.
     """
 
     file: str
@@ -77,6 +81,8 @@ class Entry:
     kind: str = ""
     positive: str = ""
     negative: str = ""
+    site: str = _SITE
+    rank: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +226,11 @@ class Pack:
         _, vector = _read_vector(path, entry.sha256)
         if vector.name != name:
             raise PackError(f"{path}: expected the vector {name!r}, as {MANIFEST} says, got {vector.name!r}")
+        if (vector.site, vector.rank) != (entry.site, entry.rank):
+            raise PackError(
+                f"{path}: expected site {entry.site} and rank {entry.rank}, as {MANIFEST} says, got "
+                f"{vector.site} and {vector.rank}"
+            )
         differences = _required_fingerprint(path, vector).differences(self.fingerprint)
         if differences:
             raise ModelMismatch(f"{path} does not fit the model that its pack is for", differences)
@@ -326,8 +337,16 @@ def _entry(where: Path, name: str, data: Mapping[str, Any]) -> Entry:
     kind = data.get("kind", "")
     if kind not in KINDS:
         raise PackError(_wrong(where, f"{prefix}kind", "'emotion', 'trait' or ''", kind))
-    poles = (_text(where, data, key, prefix, default="") for key in ("positive", "negative"))
-    return Entry(file, sha256.lower(), kind, *poles)
+    positive, negative = (_text(where, data, key, prefix, default="") for key in ("positive", "negative"))
+    site, rank = data.get("site", _SITE), data.get("rank", 1)
+    if site != _SITE:
+        from .vector import SITES  # it needs NumPy, and listing packs does not
+
+        if site not in SITES:
+            raise PackError(_wrong(where, f"{prefix}site", f"one of {', '.join(SITES)}", site))
+    if type(rank) is not int or rank < 1:
+        raise PackError(_wrong(where, f"{prefix}rank", "a positive number", rank))
+    return Entry(file, sha256.lower(), kind, positive, negative, site, rank)
 
 
 def _fingerprint(where: Path, data: Mapping[str, Any]) -> Fingerprint:
@@ -399,5 +418,7 @@ def _common_fingerprint(folder: Path, vectors: Mapping[Path, Vector]) -> Fingerp
 def _manifest_entry(path: Path, sha256: str, vector: Vector) -> dict[str, Any]:
     if vector.name != path.stem:
         raise PackError(f"{path}: expected a vector named {path.stem!r}, as the file is, got {vector.name!r}")
-    words = {key: vector.meta.get(key, "") for key in ("kind", "positive", "negative")}
+    words: dict[str, Any] = {key: vector.meta.get(key, "") for key in ("kind", "positive", "negative")}
+    words |= {"site": vector.site} if vector.site != _SITE else {}
+    words |= {"rank": vector.rank} if vector.rank > 1 else {}
     return {"file": path.name, "sha256": sha256, **{key: word for key, word in words.items() if word != ""}}

@@ -4,16 +4,31 @@
     0.8*joy - 0.3*anger
     2 * (joy - smollm2_135m_instruct.fear) / 3
     joy(0.7, when="response") + (calm - anger)(keep_norm=True)
+    ablate(refusal) + clamp(calm, 1.0) + 0.5*purify(openness, conscientiousness)
+    gate(calm(decay=40), on=anger, above=0.5)
 
-A recipe is a Python expression, parsed with `ast` and never evaluated as code. This version knows
-numbers, names, `pack.name`, `+ - * /`, unary minus and parentheses, as far as the result is linear in
-the vectors, and calls on a vector or a sum of them:
+A recipe is a Python expression, parsed with `ast` and never evaluated as code: numbers, names,
+`pack.name`, `+ - * /`, unary minus and parentheses, as far as the result is linear in the vectors, and
+calls. Calls on a vector or a sum say how much and when:
 
     x(0.7)                0.7 * x
-    x(when="response")    only on tokens of the reply; "prompt": only on what the model is given
     x(keep_norm=True)     add, and give the row its length back
+    x(when="response")    only on tokens of the reply; "prompt": only on what the model is given
+    x(start=5, stop=50)   only on these tokens of the reply, counted from 0, `stop` left out
+    x(ramp=10)            over the first 10 of them growing to the full dose
+    x(decay=40)           halved every 40 of them
+    x(turn=2)             only in the second reply of a chat; turn=(2, 4): in those from 2 to 4
 
-Operators (`ablate(...)` and the like) are refused with a message that says so.
+Calls of an operator make a term of vectors:
+
+    ablate(v)             the component along v is removed; 0.5*ablate(v): half of it
+    clamp(v, x)           the component along v becomes x; of a subspace x may be a tuple
+    edit(v, margin=m)     v is a linear probe: a row short of the margin is moved up to it
+    scale(v, x)           each float times 1 + x*v, by default 1 + v: heads and neurons by their gain
+    force(v), forbid(v)   the experts that v marks are always, or never, chosen by the router
+    gate(term, on=v, above=t, below=u, hysteresis=d, latch=True)
+                          the term acts only on tokens whose readout of v passes the threshold
+    purify(a, b, ...)     a with the span of the others removed, as a vector
 """
 
 from __future__ import annotations
@@ -21,10 +36,10 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .errors import RecipeError
 
@@ -33,33 +48,113 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 4096
 MAX_DEPTH = 100
+MAX_GATES = 4  # around one term
+_LONG = 32  # terms of a sum that are written side by side: each is one level deeper than the next
 
 WINDOWS = ("all", "prompt", "response")
+# What makes a term of vectors; "add" is what a term is without one.
+OPERATORS = ("add", "ablate", "clamp", "edit", "scale", "force", "forbid")
+DEFAULT_MARGIN = math.log(0.99 / 0.01)  # the logit of a probability of 0.99, as in arXiv 2504.10227
 
 _BLANK = re.compile(r"\s")
 
 
+class Pure(NamedTuple):
+    """`purify(vector, *without)`."""
+
+    vector: str | Vector
+    without: tuple[str | Vector, ...]
+
+    def __str__(self) -> str:
+        return f"purify({', '.join(map(_name, (self.vector, *self.without)))})"
+
+
+class Mix(NamedTuple):
+    """A sum of vectors inside of an operator: (coefficient, what) in order."""
+
+    parts: tuple[tuple[float, str | Vector | Pure], ...]
+
+    def __str__(self) -> str:
+        return _sum((c, _name(source)) for c, source in self.parts)
+
+
+Source: TypeAlias = "str | Vector | Pure | Mix"
+
+
+class Gate(NamedTuple):
+    """A condition on the readout of `on`, in calibrated units, of the row that a term would act on.
+
+    It is open where above < readout < below (None is no bound). hysteresis: once open it stays so until
+    the readout is that far back over the bound; latch: once open it stays so for the rest of the reply.
+    Both remember from one token of a reply to the next; on a prompt every token is decided by itself.
+    """
+
+    on: Source
+    above: float | None = None
+    below: float | None = None
+    hysteresis: float = 0.0
+    latch: bool = False
+
+    def __str__(self) -> str:
+        said = [f"on={_name(self.on)}"]
+        said += [
+            f"{key}={value!r}"
+            for key, value in zip(self._fields[1:], self[1:])
+            if value != self._field_defaults[key]
+        ]
+        return ", ".join(said)
+
+
 @dataclass(frozen=True)
 class Term:
-    """`coefficient` (a dose: 1.0 is the strongest fluent one) times a vector or the name of one.
+    """`coefficient` (a dose: 1.0 is the strongest fluent one) times what `operator` does with `vector`.
 
-    when: the tokens it acts on, one of WINDOWS. keep_norm: whether the row gets its length back.
+    when: the tokens it acts on, one of WINDOWS. keep_norm: of "add", whether the row gets its length
+    back. operator: one of OPERATORS. value: of "clamp" the readouts to reach, of "edit" the margin.
+    start, stop, ramp, decay: counts of tokens of the reply, see the module; with one of them the term
+    acts on the reply alone. turn: first and last reply of a chat, counted from 1. gates: all must be open.
     """
 
     coefficient: float
-    vector: str | Vector
+    vector: Source
     when: str = "all"
     keep_norm: bool = False
+    operator: str = "add"
+    value: tuple[float, ...] = ()
+    start: int = 0
+    stop: int | None = None
+    ramp: int = 0
+    decay: float | None = None
+    turn: tuple[int, int | None] | None = None
+    gates: tuple[Gate, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.vector if isinstance(self.vector, str) else self.vector.name
+        return _name(self.vector)
 
     @property
-    def call(self) -> str:
-        """What follows the name in a recipe's text."""
-        said = [f'when="{self.when}"'] * (self.when != "all") + ["keep_norm=True"] * self.keep_norm
-        return f"({', '.join(said)})" if said else ""
+    def text(self) -> str:
+        """The term without its coefficient, as in a recipe."""
+        said = [f"keep_norm={self.keep_norm}"] if self.keep_norm else []
+        if self.turn is not None:
+            first, last = self.turn
+            said.append(f"turn={first if first == last else self.turn}")
+        for key in ("decay", "ramp", "stop", "start"):
+            if getattr(self, key) != Term.__dataclass_fields__[key].default:
+                said.insert(0, f"{key}={getattr(self, key)!r}")
+        if self.when != "all":
+            said.insert(0, f'when="{self.when}"')
+        if self.operator == "edit":
+            said[:0] = [] if self.value in ((), (DEFAULT_MARGIN,)) else [f"margin={self.value[0]!r}"]
+        elif self.value:
+            said.insert(0, repr(self.value if len(self.value) > 1 else self.value[0]))
+        if self.operator != "add":
+            body = f"{self.operator}({', '.join([self.name, *said])})"
+        else:
+            body = f"{self.name}({', '.join(said)})" if said else self.name
+        for gate in self.gates:
+            body = f"gate({body}, {gate})"
+        return body
 
 
 @dataclass(frozen=True)
@@ -69,17 +164,51 @@ class Recipe:
     terms: tuple[Term, ...] = ()
 
     def __str__(self) -> str:
-        """The text that parses to the same recipe (where every vector has a name)."""
-        parts = []
-        for term in self.terms:
-            sign = "-" if term.coefficient < 0 else "+"
-            size = abs(term.coefficient)
-            body = f"{term.name}{term.call}"
-            if size != 1:
-                body = f"{size!r}*{body}"
-            parts.append(f"{sign} {body}")
-        text = " ".join(parts)
-        return text[2:] if text.startswith("+ ") else text.replace("- ", "-", 1)
+        """The text that parses to the same recipe: where vectors have names, and up to MAX_LENGTH."""
+        return _sum((term.coefficient, term.text) for term in self.terms)
+
+
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, (str, Pure, Mix)) else source.name
+
+
+def _sum(terms: Iterable[tuple[float, str]]) -> str:
+    terms = list(terms)
+    if len(terms) > _LONG:
+        middle = len(terms) // 2
+        return f"({_sum(terms[:middle])}) + ({_sum(terms[middle:])})"
+    parts = []
+    for coefficient, body in terms:
+        sign, size = "-" if coefficient < 0 else "+", abs(coefficient)
+        parts.append(f"{sign} {body if size == 1 else f'{size!r}*{body}'}")
+    text = " ".join(parts)
+    return text[2:] if text.startswith("+ ") else text.replace("- ", "-", 1)
+
+
+def require_sound(term: Term) -> None:
+    """Raise RecipeError where a term says what has no meaning. A parsed one may, too: 3*ablate(x)."""
+    if term.when not in WINDOWS:
+        raise RecipeError(f"when: expected one of {', '.join(map(repr, WINDOWS))}, got {term.when!r}")
+    if term.operator not in OPERATORS:
+        raise RecipeError(f"operator: expected one of {', '.join(OPERATORS)}, got {term.operator!r}")
+    if term.operator in ("ablate", "clamp", "edit") and not 0 <= term.coefficient <= 1:
+        raise RecipeError(
+            f"{term.text}: {term.operator} takes a strength from 0 to 1, got {term.coefficient:g}"
+        )
+    if term.operator in ("force", "forbid") and term.coefficient != 1:
+        raise RecipeError(f"{term.text}: {term.operator} takes no coefficient, got {term.coefficient:g}")
+    if term.operator != "add" and term.keep_norm:
+        raise RecipeError(f"{term.text}: only what is added can keep the norm")
+    stop, decay = (math.inf if of is None else of for of in (term.stop, term.decay))
+    if not (0 <= term.start < stop and term.ramp >= 0 and decay > 0):
+        raise RecipeError(f"{term.text}: expected 0 <= start < stop, ramp from 0 and decay above 0")
+    if term.when == "prompt" and counts_reply(term):
+        raise RecipeError(f"{term.text}: start, stop, ramp and decay count tokens of the reply")
+
+
+def counts_reply(term: Term) -> bool:
+    """Whether its window counts tokens of the reply."""
+    return (term.start, term.stop, term.ramp, term.decay) != (0, None, 0, None)
 
 
 RecipeLike: TypeAlias = "str | Recipe | Vector | Mapping[str, float] | None"
@@ -147,22 +276,41 @@ def parse(text: str) -> Recipe:
         if value == 0:
             return Recipe()
         raise RecipeError(f"the number {value:g} alone steers nothing; name a vector", text, 0)
-    return Recipe(tuple(Term(c, *manner) for manner, c in value.items() if c != 0))
+    terms = tuple(Term(c, *manner) for manner, c in value.items() if c != 0)
+    for term in terms:
+        if term.operator != "add":
+            try:
+                require_sound(term)
+            except RecipeError as error:
+                raise RecipeError(error.problem, text) from None
+    return Recipe(terms)
 
 
 class _Manner(NamedTuple):
-    """A vector's name and how it is added: the rest of a Term."""
+    """What a term is but for its coefficient, in the order of Term's fields."""
 
-    name: str
+    vector: Source
     when: str = "all"
     keep_norm: bool = False
+    operator: str = "add"
+    value: tuple[float, ...] = ()
+    start: int = 0
+    stop: int | None = None
+    ramp: int = 0
+    decay: float | None = None
+    turn: tuple[int, int | None] | None = None
+    gates: tuple[Gate, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return _name(self.vector)
 
 
 Linear: TypeAlias = "float | dict[_Manner, float]"  # a number, or coefficients
 
 
 class _Reader:
-    """Walks the tree from the leaves up; every node is linear in the names or an error.
+    """Walks the tree from the leaves up; every node is linear in the terms or an error.
 
     Recipes may change before every token, so this is kept quick: types are compared, not matched.
     """
@@ -176,7 +324,7 @@ class _Reader:
         kind = type(node)
         if kind is ast.BinOp:
             return self.binary(node, depth)  # type: ignore[arg-type]  # by kind
-        if kind is ast.Name:
+        if kind is ast.Name and node.id not in _CALLS:  # type: ignore[attr-defined]
             return {_Manner(node.id): 1.0}  # type: ignore[attr-defined]
         if kind is ast.Constant and type(node.value) in (int, float):  # type: ignore[attr-defined]
             return self.finite(node.value, node)  # type: ignore[attr-defined]
@@ -187,46 +335,182 @@ class _Reader:
             return self.scaled(self.value(node.operand, depth + 1), sign, node)
         if isinstance(node, ast.Call):
             return self.call(node, depth)
+        if isinstance(node, ast.Name):
+            raise self.error(f"{node.id} is an operator; a vector of that name is pack.{node.id}", node)
         raise self.error(f"{kind.__name__} has no meaning in a recipe; use numbers, names, + - * /", node)
 
+    # ---- calls ----
+
     def call(self, node: ast.Call, depth: int) -> Linear:
+        if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
+            raise self.error("a keyword is given twice", node)
+        if isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+            return _CALLS[node.func.id](self, node, depth)
         value = self.value(node.func, depth + 1)
         if isinstance(value, float):
             raise self.error("a number can't be called; write * between a number and a vector", node)
         doses = [self.value(argument, depth + 1) for argument in node.args]
         if len(doses) > 1 or any(not isinstance(dose, float) for dose in doses):
-            raise self.error(
-                "a call takes one number, the dose, when= and keep_norm=; operators such as ablate(...) are "
-                "not in this version yet",
-                node,
-            )
+            known = f"; operators are {', '.join(_CALLS)}" if node.args else ""
+            raise self.error(f"a call takes one number, the dose, and keywords{known}", node)
         for dose in doses:
             self.scaled(value, dose, node)  # type: ignore[arg-type]  # floats, as checked; in place
-        if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
-            raise self.error("a keyword is given twice", node)
+        return self.windowed(value, node.keywords, depth)
+
+    def operator(self, node: ast.Call, depth: int) -> Linear:
+        """ablate, edit, force, forbid: of one vector, or of a sum of vectors."""
+        return self.operated(node, depth, self.one_vector(node, depth), ())
+
+    def clamp(self, node: ast.Call, depth: int) -> Linear:
+        if len(node.args) != 2:
+            raise self.error("clamp takes a vector and the readout to reach: clamp(calm, 1.0)", node)
+        aim = node.args[1]
+        items = aim.elts if isinstance(aim, ast.Tuple) else [aim]
+        value = tuple(self.number(item, depth, "clamp") for item in items)
+        if not value:
+            raise self.error("clamp: expected a number, or one for each direction", aim)
+        return self.operated(node, depth, self.source(node.args[0], depth), value)
+
+    def scale(self, node: ast.Call, depth: int) -> Linear:
+        if len(node.args) not in (1, 2):
+            raise self.error("scale takes a vector and a number: scale(heads, -1)", node)
+        factor = self.number(node.args[1], depth, "scale") if len(node.args) == 2 else 1.0
+        made = self.operated(node, depth, self.source(node.args[0], depth), ())
+        return self.scaled(made, factor, node)
+
+    def purify(self, node: ast.Call, depth: int) -> Linear:
+        names = [self.source(argument, depth) for argument in node.args]
+        if len(names) < 2 or not all(isinstance(name, str) for name in names) or node.keywords:
+            raise self.error("purify takes the names of two vectors or more: purify(joy, anger)", node)
+        first, *others = names
+        return {_Manner(Pure(first, tuple(others))): 1.0}  # type: ignore[arg-type]  # names, as checked
+
+    def gate(self, node: ast.Call, depth: int) -> Linear:
+        if len(node.args) != 1:
+            raise self.error("gate takes one term: gate(calm, on=anger, above=0.5)", node)
+        value = self.value(node.args[0], depth + 1)
+        if isinstance(value, float):
+            raise self.error("gate: expected a term, got a number", node.args[0])
+        given: dict[str, Any] = {}
+        windows = []
         for keyword in node.keywords:
-            value = self.changed(value, keyword)
+            if keyword.arg == "on":
+                given["on"] = self.source(keyword.value, depth)
+            elif keyword.arg in ("above", "below", "hysteresis"):
+                given[keyword.arg] = self.number(keyword.value, depth, keyword.arg)
+            elif keyword.arg == "latch":
+                given["latch"] = self.flag(keyword)
+            else:
+                windows.append(keyword)
+        if "on" not in given or not {"above", "below"} & set(given):
+            raise self.error("gate: say on= which vector, and above= or below= which readout", node)
+        if given.get("hysteresis", 0.0) < 0:
+            raise self.error("hysteresis: expected 0 or more", node)
+        if given.get("above", -math.inf) >= given.get("below", math.inf):
+            raise self.error("gate: nothing is above its lower and below its upper bound", node)
+        made: dict[_Manner, float] = {}
+        for manner, coefficient in value.items():
+            if len(manner.gates) == MAX_GATES:
+                raise self.error(f"expected at most {MAX_GATES} gates around a term", node)
+            made[manner._replace(gates=(*manner.gates, Gate(**given)))] = coefficient
+        return self.windowed(made, windows, depth)
+
+    def one_vector(self, node: ast.Call, depth: int) -> Source:
+        name = node.func.id  # type: ignore[attr-defined]  # a name, see call
+        if len(node.args) != 1:
+            raise self.error(f"{name} takes one vector: {name}(joy)", node)
+        return self.source(node.args[0], depth)
+
+    def source(self, node: ast.expr, depth: int) -> Source:
+        """What is a vector, or a sum of vectors without windows and operators."""
+        value = self.value(node, depth + 1)
+        if isinstance(value, float):
+            raise self.error("expected a vector, got a number", node)
+        for manner in value:
+            if manner != _Manner(manner.vector) or isinstance(manner.vector, Mix):
+                raise self.error("expected a vector or a sum of vectors, without windows or operators", node)
+        parts = tuple((c, manner.vector) for manner, c in value.items() if c != 0)
+        if not parts:
+            raise self.error("expected a vector, and these cancel", node)
+        return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else Mix(parts)  # type: ignore[arg-type]
+
+    def operated(
+        self, node: ast.Call, depth: int, source: Source, value: tuple[float, ...]
+    ) -> dict[_Manner, float]:
+        name = node.func.id  # type: ignore[attr-defined]  # a name, see call
+        keywords = list(node.keywords)
+        if name == "edit":
+            if isinstance(source, Mix) and len(source.parts) > 1:
+                raise self.error("edit: a sum of probes is none; name one, or -one for its other side", node)
+            margins = [keyword for keyword in keywords if keyword.arg == "margin"]
+            keywords = [keyword for keyword in keywords if keyword.arg != "margin"]
+            value = (self.number(margins[0].value, depth, "margin") if margins else DEFAULT_MARGIN,)
+        return self.windowed({_Manner(source, operator=name, value=value): 1.0}, keywords, depth)
+
+    # ---- keywords that any call takes ----
+
+    def windowed(
+        self, value: dict[_Manner, float], keywords: list[ast.keyword], depth: int
+    ) -> dict[_Manner, float]:
+        for keyword in keywords:
+            value = self.changed(value, keyword, depth)
         return value
 
-    def changed(self, value: dict[_Manner, float], keyword: ast.keyword) -> dict[_Manner, float]:
-        """`value` with every term added in the manner that the keyword says."""
-        name, said = keyword.arg, getattr(keyword.value, "value", None)
+    def changed(self, value: dict[_Manner, float], keyword: ast.keyword, depth: int) -> dict[_Manner, float]:
+        """`value` with every term in the manner that the keyword says."""
+        name, node = keyword.arg, keyword.value
+        said: Any = getattr(node, "value", None)
         if name == "when":
             if said not in WINDOWS:
-                raise self.error(f"when: expected one of {', '.join(map(repr, WINDOWS))}", keyword.value)
+                raise self.error(f"when: expected one of {', '.join(map(repr, WINDOWS))}", node)
         elif name == "keep_norm":
-            if not isinstance(said, bool):
-                raise self.error("keep_norm: expected True or False", keyword.value)
+            said = self.flag(keyword)
+        elif name in ("start", "stop", "ramp"):
+            if type(said) is not int or not 0 <= said < 1 << 31:
+                raise self.error(f"{name}: expected a count of tokens", node)
+        elif name == "decay":
+            said = self.number(node, depth, name)
+            if not said > 0:
+                raise self.error("decay: expected a half-life in tokens, more than 0", node)
+        elif name == "turn":
+            said = self.turns(node)
         else:
-            raise self.error(
-                f"no {name or '**'} here; a call takes a dose, when= and keep_norm=", keyword.value
-            )
+            known = "keep_norm=, when=, start=, stop=, ramp=, decay= and turn="
+            raise self.error(f"no {name or '**'} here; a call takes a dose, {known}", node)
         result: dict[_Manner, float] = {}
         for manner, coefficient in value.items():
             if getattr(manner, name) != _Manner._field_defaults[name]:
-                raise self.error(f"{name} is given twice for {manner.name}", keyword.value)
-            result[manner._replace(**{name: said})] = coefficient  # type: ignore[arg-type]  # checked above
+                raise self.error(f"{name} is given twice for {manner.name}", node)
+            changed = manner._replace(**{name: said})
+            if changed.stop is not None and changed.stop <= changed.start:
+                raise self.error("stop: expected more than start", node)
+            if changed.when == "prompt" and counts_reply(changed):  # type: ignore[arg-type]  # the same fields
+                raise self.error("start, stop, ramp and decay count tokens of the reply", node)
+            result[changed] = coefficient + result.get(changed, 0.0)
         return result
+
+    def turns(self, node: ast.expr) -> tuple[int, int | None]:
+        items = node.elts if isinstance(node, ast.Tuple) else [node, node]
+        said: list[Any] = [getattr(item, "value", "") for item in items]
+        if len(said) == 2 and type(said[0]) is int and said[0] >= 1:
+            first, last = said
+            if last is None or (type(last) is int and last >= first):
+                return first, last
+        raise self.error("turn: expected a reply's number from 1, or (first, last)", node)
+
+    def flag(self, keyword: ast.keyword) -> bool:
+        said = getattr(keyword.value, "value", None)
+        if not isinstance(said, bool):
+            raise self.error(f"{keyword.arg}: expected True or False", keyword.value)
+        return said
+
+    def number(self, node: ast.expr, depth: int, what: str) -> float:
+        value = self.value(node, depth + 1)
+        if not isinstance(value, float):
+            raise self.error(f"{what}: expected a number", node)
+        return value
+
+    # ---- arithmetic ----
 
     def binary(self, node: ast.BinOp, depth: int) -> Linear:
         kind = type(node.op)
@@ -281,3 +565,15 @@ class _Reader:
         indent = len(self.text) - len(self.text.lstrip())
         before = self.text[indent:].encode()[: node.col_offset].decode(errors="ignore")
         return RecipeError(problem, self.text, indent + len(before))
+
+
+_CALLS = {
+    "ablate": _Reader.operator,
+    "clamp": _Reader.clamp,
+    "edit": _Reader.operator,
+    "scale": _Reader.scale,
+    "force": _Reader.operator,
+    "forbid": _Reader.operator,
+    "gate": _Reader.gate,
+    "purify": _Reader.purify,
+}

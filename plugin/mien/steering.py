@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from .errors import RecipeError, RuntimeNotSupported
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RecipeError, RuntimeNotSupported, VectorError
 from .fingerprint import Fingerprint
 from .program import NOTHING, Program, compile_recipe, require_fit
 from .recipe import Recipe, RecipeLike, as_recipe
 from .registry import Registry
 from .vector import Floats, Vector
+from .watch import Token, Watch
 
 # One for everything, or one for each row of a batch: as a user gives it, and compiled.
 Setting: TypeAlias = "RecipeLike | Program | Sequence[RecipeLike | Program]"
@@ -36,21 +40,35 @@ class LayerApplied:
 
 @dataclass(frozen=True)
 class Applied:
-    """What the last evaluation really did. layers: {layer: LayerApplied}, only where it acted.
+    """What the last evaluation really did, only where it acted.
 
+    layers: {layer: LayerApplied} at the residual stream; sites: {site: the same} at all others.
     recipe: what was set; where the rows of a batch had recipes of their own, all of them.
     """
 
     recipe: Recipe | tuple[Recipe, ...]
     layers: dict[int, LayerApplied]
+    sites: dict[str, dict[int, LayerApplied]] = field(default_factory=dict)
+
+    def note(self, site: str, layer: int, done: LayerApplied) -> None:
+        """Take down what was done at one place."""
+        (self.layers if site == "residual" else self.sites.setdefault(site, {}))[layer] = done
+
+    @property
+    def places(self) -> dict[str, dict[int, LayerApplied]]:
+        """{site: {layer: LayerApplied}}, the residual stream first."""
+        return {**({"residual": self.layers} if self.layers else {}), **self.sites}
 
     def __str__(self) -> str:
-        if not self.layers:
+        if not self.places:
             return "nothing was steered"
         recipes = self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
         what = " | ".join(str(recipe) or "nothing" for recipe in recipes)
-        lines = [f"{what} at {len(self.layers)} layers"]
-        lines += [f"  {n:3}  {a.rows:5} rows  shift {a.shift:.4g}  {a.path}" for n, a in self.layers.items()]
+        lines: list[str] = []
+        for site, layers in self.places.items():
+            head = what if not lines else "and"
+            lines.append(f"{head} at {len(layers)} layers" + ("" if site == "residual" else f", {site}"))
+            lines += [f"  {n:3}  {a.rows:5} rows  shift {a.shift:.4g}  {a.path}" for n, a in layers.items()]
         return "\n".join(lines)
 
 
@@ -58,13 +76,24 @@ class Runtime(Protocol):
     """What a runtime module provides: delivery of a model's activations to programs."""
 
     fingerprint: Fingerprint
-    takes_rows: bool  # whether each row of a batch can have a program of its own
+    takes_rows: bool  # whether each row, or sequence, of a batch can have a program of its own
+    turn: int  # the number of the reply in a chat, from 1, that windows by turn go by
+
+    @property
+    def experts_used(self) -> int:
+        """How many experts a router chooses for a token; 0 without experts."""
+
+    def width(self, site: str, layer: int) -> int:
+        """How many floats a row has there. Raises SiteNotFound where the model has no such place."""
 
     def swap(self, program: Programs) -> None:
         """Make `program` the one for evaluations from now on. Cheap, atomic, from any thread.
 
-        A tuple, one for each row of a batch, comes only to a runtime that takes rows.
+        A tuple, one for each row or sequence of a batch, comes only to a runtime that takes rows.
         """
+
+    def watch(self, watch: Watch | None) -> None:
+        """Give it the readouts of every token evaluated from now on, in place of any other; None: stop."""
 
     def applied(self) -> Applied:
         """What the last evaluation did."""
@@ -77,6 +106,33 @@ class Runtime(Protocol):
 
     def release(self) -> None:
         """Leave the model as it was before attaching."""
+
+
+@runtime_checkable
+class Sequences(Protocol):
+    """What a runtime has whose sequences are numbered: llama.cpp's."""
+
+    n_sequences: int
+
+    def tell_reply(self, position: int | None, sequence: int) -> None:
+        """Where the reply of a sequence begins; None: to be worked out."""
+
+    def shift(self, by: int, sequence: int) -> None:
+        """The cache's tokens of a sequence were moved by that many positions."""
+
+    def decode(self, batch: Any) -> int:
+        """llama_decode, steered."""
+
+
+@runtime_checkable
+class Experts(Protocol):
+    """What a runtime has that can count the experts which a router chooses."""
+
+    def count_experts(self, on: bool) -> None:
+        """Begin to count from zero, or stop. Raises SiteNotFound."""
+
+    def expert_counts(self) -> dict[int, npt.NDArray[np.int64]]:
+        """{layer: how often each expert was chosen for a token}."""
 
 
 class Steering:
@@ -97,22 +153,29 @@ class Steering:
         self._registry = registry or Registry()
         self._found: dict[str, Vector] = {}
         self._programs: Programs = NOTHING
+        self._watch: Watch | None = None  # the newest
 
-    def set(self, recipe: Setting) -> None:
+    def set(self, recipe: Setting, *, sequence: int | None = None) -> None:
         """Steer by `recipe` from the next token on: text, a Vector, {name: dose}, or a Program.
 
-        A list of them is one for each row of a batch, None for a row that is not steered; transformers
-        only. A batch of another size is then refused with RecipeError when it is evaluated.
+        A list of them is one for each row of a batch in transformers, where a batch of another size is then
+        refused with RecipeError when it is evaluated, and one for each sequence from 0 on in llama.cpp,
+        where sequences beyond it are not steered. None is a row that is not steered. sequence: change what
+        acts on that one of llama.cpp's sequences alone.
 
-        Raises RecipeError, NameNotFound, ModelMismatch, VectorError, and RuntimeNotSupported where the
-        runtime takes no list; the steering is then as before.
+        A reply that is under way goes on under the new recipe; its gates begin anew. Raises RecipeError,
+        NameNotFound, ModelMismatch, SiteNotFound, VectorError, and RuntimeNotSupported where the runtime
+        takes no list; the steering is then as before.
         """
         runtime = self._attached()
         programs: Programs
-        if isinstance(recipe, (list, tuple)):
+        if sequence is not None:
+            programs = self._with_sequence(self._fitting(recipe), sequence)
+        elif isinstance(recipe, (list, tuple)):
             if not runtime.takes_rows:
                 raise RuntimeNotSupported(
-                    "a recipe for each row of a batch can be set on a transformers model only; set one recipe"
+                    "recipes for several rows or sequences take a transformers model, or a llama.cpp context "
+                    "that was made with n_seq_max above 1; set one recipe"
                 )
             if not recipe:
                 raise RecipeError("expected a recipe for each row of a batch, got an empty list")
@@ -122,14 +185,34 @@ class Steering:
         runtime.swap(programs)
         self._programs = programs
 
+    def _with_sequence(self, program: Program, sequence: int) -> Programs:
+        """What is set, but for one sequence."""
+        count = self._sequences().n_sequences
+        if not 0 <= sequence < count:
+            raise RecipeError(f"sequence: expected 0 to {count - 1}, got {sequence}")
+        now = self._programs if isinstance(self._programs, tuple) else (self._programs,) * count
+        every = [*now, *(NOTHING,) * (count - len(now))]
+        every[sequence] = program
+        return tuple(every) if count > 1 else program
+
+    def define(self, name: str, vector: Vector) -> None:
+        """Have `name` mean `vector` in the recipes of this steering, before any pack's.
+
+        Raises RecipeError where it can't be a name, ModelMismatch where the vector is for another model.
+        """
+        if not name.isidentifier():
+            raise RecipeError(f"expected a name as in a recipe, got {name!r}")
+        require_fit(vector, self._attached().fingerprint)
+        self._found[name] = vector
+
     def clear(self) -> None:
         """Stop steering: the output is bit-identical to a model never attached."""
         self.set(NOTHING)
 
     def compile(self, recipe: RecipeLike) -> Program:
         """Compile without setting it: `set` takes the result in microseconds. Raises as `set` does."""
-        model = self._attached().fingerprint
-        return compile_recipe(as_recipe(recipe), model, self._find)
+        runtime = self._attached()
+        return compile_recipe(as_recipe(recipe), runtime.fingerprint, self._find, runtime)
 
     @contextmanager
     def __call__(self, recipe: Setting) -> Iterator[Steering]:
@@ -158,6 +241,83 @@ class Steering:
         """What is set now: one recipe, or one for each row of a batch."""
         programs = self._programs if isinstance(self._programs, tuple) else (self._programs,)
         return tuple(program.recipe for program in programs)
+
+    def watch(self, *vectors: str | Vector, on_token: Callable[[Token], None] | None = None) -> Watch:
+        """Read from now on how much of each vector every token's activations hold; see Watch.
+
+        vectors: names, or Vectors of the residual stream. on_token: called with each token once it was
+        evaluated. One watch at a time: it takes the place of another. Raises NameNotFound, ModelMismatch,
+        VectorError.
+        """
+        runtime = self._attached()
+        found = [self._find(vector) if isinstance(vector, str) else vector for vector in vectors]
+        if not found:
+            raise VectorError("watch: name at least one vector")
+        for vector in found:
+            require_fit(vector, runtime.fingerprint)
+        names = [vector if isinstance(vector, str) else vector.name for vector in vectors]
+        watch = Watch(names, found, runtime.fingerprint.n_layer, on_token)
+        runtime.watch(watch)
+        watch.when_stopped(lambda: runtime.watch(None))
+        self._forget_watch()
+        self._watch = watch
+        return watch
+
+    def _forget_watch(self) -> None:
+        """It reads no further: that it is stopped later must not stop another."""
+        if self._watch is not None:
+            self._watch.when_stopped(lambda: None)
+        self._watch = None
+
+    @property
+    def turn(self) -> int:
+        """The number of the reply in a chat, counted from 1, that windows by turn go by.
+
+        `create_chat_completion` of an attached Llama sets it by the messages; elsewhere it is set here.
+        """
+        return self._attached().turn
+
+    @turn.setter
+    def turn(self, turn: int) -> None:
+        if turn < 1:
+            raise ValueError(f"turn: expected 1 or more, got {turn}")
+        self._attached().turn = turn
+
+    def reply_from(self, position: int | None, sequence: int = 0) -> None:
+        """Tokens of llama.cpp's `sequence` from `position` on are its reply, those before what it was given.
+
+        None: have it worked out again from the batches, where several tokens of a sequence, or its first,
+        are given, and one more is the reply's. `generate` of a Llama says it by itself.
+        """
+        self._sequences().tell_reply(position, sequence)
+
+    def shift(self, by: int, sequence: int = 0) -> None:
+        """llama_memory_seq_add has moved the later tokens of llama.cpp's `sequence` by `by` positions.
+
+        So that windows and gates go on counting the reply from where it began. A LlamaContext's
+        kv_cache_seq_shift says it by itself.
+        """
+        self._sequences().shift(by, sequence)
+
+    def decode(self, batch: Any) -> int:
+        """llama_decode of a llama_batch, or LlamaBatch, on an attached llama.cpp context; returns its status.
+
+        In place of a direct call, which knows nothing of sequences, windows and watching. Raises
+        SteeringNotApplied.
+        """
+        return self._sequences().decode(batch)
+
+    def count_experts(self, on: bool = True) -> None:
+        """Count from now on, from zero, how often a router chooses each expert; False: stop.
+
+        Raises SiteNotFound where the model is no mixture of experts.
+        """
+        self._experts().count_experts(on)
+
+    @property
+    def expert_counts(self) -> dict[int, npt.NDArray[np.int64]]:
+        """{layer: int64 (n_expert,)}: for how many tokens each expert was chosen since `count_experts`."""
+        return self._experts().expert_counts()
 
     @property
     def applied(self) -> Applied:
@@ -195,6 +355,7 @@ class Steering:
             self._runtime.release()
             self._runtime = None
             self._programs = NOTHING
+            self._forget_watch()
 
     def __enter__(self) -> Steering:
         return self
@@ -220,6 +381,18 @@ class Steering:
         if self._runtime is None:
             raise RuntimeNotSupported("this steering is detached; call mien.attach(model) again")
         return self._runtime
+
+    def _sequences(self) -> Sequences:
+        runtime = self._attached()
+        if not isinstance(runtime, Sequences):
+            raise RuntimeNotSupported("only llama.cpp's contexts have numbered sequences")
+        return runtime
+
+    def _experts(self) -> Experts:
+        runtime = self._attached()
+        if not isinstance(runtime, Experts):
+            raise RuntimeNotSupported("experts are counted in llama.cpp and transformers models")
+        return runtime
 
     def _find(self, name: str) -> Vector:
         if name not in self._found:

@@ -18,7 +18,10 @@ Cases = Mapping[str, Callable[[int], object]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. value: a ratio to `against`, or a figure in `unit`."""
+    """One line of the table. value: a ratio to `against`, or a figure in `unit`.
+
+    reach: what it should be at most; at_least: the same the other way round.
+    """
 
     what: str
     value: float
@@ -28,6 +31,7 @@ class Row:
     against: str = ""
     reach: float | None = None
     samples: int = 0
+    at_least: float | None = None
 
 
 def ratios(
@@ -75,7 +79,9 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         verdict = ""
         if row.reach is not None:
-            verdict = f"<= {row.reach:g}  {'ok' if row.value <= row.reach else 'MISSED'}"
+            verdict = f"<= {row.reach:.4g}  {'ok' if row.value <= row.reach else 'MISSED'}"
+        if row.at_least is not None:
+            verdict = f">= {row.at_least:.4g}  {'ok' if row.value >= row.at_least else 'MISSED'}"
         lines.append(
             f"{row.what:{width}}  {row.value:9.4g}  {row.low:8.4g}  {row.high:8.4g}  {row.unit:4}  {verdict}"
         )

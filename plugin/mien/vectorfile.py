@@ -1,4 +1,6 @@
-"""Reading and writing vector files: GGUF, as llama.cpp's `--control-vector` takes it.
+"""Reading and writing vector files: GGUF, of two kinds.
+
+One direction a layer of the residual stream is a control vector, as llama.cpp's `--control-vector` takes it:
 
     general.architecture         "controlvector"
     controlvector.model_hint     the model's architecture, such as "llama"
@@ -8,12 +10,25 @@
 
 `direction.N` means "added at block N" to llama.cpp, repeng and mien alike. llama.cpp's own generator
 captures at block N-1 what it names direction.N; what is read here is where a direction acts.
+
+What that can't say, another site or several directions a layer, is a file of mien's own, which llama.cpp
+refuses:
+
+    general.architecture         "mien-vector"
+    mien.site                    see vector.SITES
+    mien.width                   how many floats a row has there
+    mien.model_hint              the model's architecture: the other key is of control vectors
+    mien.*                       as above
+    tensors  <site>.N            F32, width values, or rank x width of a subspace, the same rank in every
+                                 layer; N from 0, at the residual stream from 1
+             neurons.N.index     I32, ascending, and
+             neurons.N.value     F32, as many: the values that are not zero, in place of neurons.N; written
+                                 where they are fewer than a quarter
 """
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +39,7 @@ import numpy as np
 from .errors import VectorError, VectorFileError
 from .fingerprint import Fingerprint
 from .vector import MetaValue, Vector
+from .vectorrows import control_rows, own_rows, tensors
 
 if TYPE_CHECKING:
     import gguf
@@ -33,7 +49,12 @@ KEYS = {
     "kind": "emotion or trait",
     "positive": "the pole that a positive coefficient steers to, in words",
     "negative": "the pole that a negative coefficient steers to, in words",
-    "site": "where it acts: residual",
+    "site": "where it acts: residual, attention, mlp, heads, neurons or experts",
+    "width": "of a file of mien's own: how many floats a row has there",
+    "model_hint": "of a file of mien's own: the model's architecture",
+    "head_dim": "of heads: how many floats each has",
+    "bias": "of a linear probe, per layer: <direction, h> + bias is its logit",
+    "center": "per direction: the readout that counts as zero, the middle of the contrast",
     "captured_at": "where it was read: the output of the same block",
     "method": "how it was made",
     "data_digest": "SHA-256 over the contrast texts",
@@ -42,13 +63,16 @@ KEYS = {
     "imported_model_type": "the model's type in such a file, as transformers names it",
     "scale": "the factor that was baked in, on the raw difference",
     "strength": "per direction: its length over the median norm of the residual stream there",
+    "stream_norm": "per direction: that norm",
     "calibration.*": "the dose curve: coefficient, perplexity, repetition; and the budgets",
     "licence": "SPDX identifier",
     "model.*": "the fingerprint of the model it was made on",
 }
 
+CONTROL, OWN = "controlvector", "mien-vector"
+
 _MAGIC = b"GGUF"
-_DIRECTION = re.compile(r"direction\.([1-9][0-9]{0,3})")
+_FLOAT32 = float(np.finfo(np.float32).max)
 # What gguf's reader lets out when a file lies about itself.
 BROKEN = (
     ValueError,
@@ -63,11 +87,11 @@ BROKEN = (
 
 
 def load(path: str | Path) -> Vector:
-    """Read a vector file whole.
+    """Read a vector file of either kind whole.
 
     Raises VectorFileError, naming the tensor or key, for a file that is not GGUF, is cut short, holds
-    any tensor that llama.cpp would refuse (another name, type or rank, layer 0), rows of different
-    lengths, NaN or infinity.
+    any tensor but those of its kind (another name, type or rank, a layer that can't be), rows of different
+    lengths, NaN or infinity, or metadata that can't be so.
     """
     path = Path(path)
     reader = open_gguf(path)
@@ -75,38 +99,34 @@ def load(path: str | Path) -> Vector:
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except BROKEN as error:
         raise VectorFileError(path, f"the metadata is broken ({error})") from error
-    if fields.get("general.architecture") != "controlvector":
+    kind = fields.get("general.architecture")
+    if kind not in (CONTROL, OWN):
         raise VectorFileError(
             path,
-            f"expected a control vector, got a GGUF file of architecture "
-            f"{fields.get('general.architecture')!r}",
+            f"expected a control vector, got a GGUF file of architecture {kind!r}",
             "general.architecture",
         )
-    directions: dict[int, Any] = {}
-    for tensor in reader.tensors:
-        layer, row = _direction(path, tensor)
-        directions[layer] = row
-    if not directions:
-        raise VectorFileError(path, "there is no tensor named direction.N in it")
-    sizes = {layer: row.size for layer, row in directions.items()}
-    expected = sizes[min(sizes)]
-    for layer, size in sizes.items():
-        if size != expected:
-            raise VectorFileError(path, f"expected {expected} values, got {size}", f"direction.{layer}")
-    meta = {name[5:]: value for name, value in fields.items() if name.startswith("mien.")}
-    hint = fields.get("controlvector.model_hint", "")
-    if not isinstance(hint, str):
-        raise VectorFileError(path, f"expected text, got {hint!r}", "controlvector.model_hint")
-    name = meta.pop("name", path.stem)
+    meta = _read_meta(path, fields)
+    if kind == CONTROL:
+        site, rows = "residual", control_rows(path, reader.tensors)
+        if meta.get("site", site) != site:
+            raise VectorFileError(path, f"expected residual, got {meta['site']!r}", "mien.site")
+        hint = _text(path, "controlvector.model_hint", fields.get("controlvector.model_hint", ""))
+    else:
+        site = _text(path, "mien.site", meta.pop("site", None))
+        rows = own_rows(path, reader.tensors, site, meta.pop("width", None))
+        hint = _text(path, "mien.model_hint", meta.pop("model_hint", ""))
+    name = _text(path, "mien.name", meta.pop("name", "")) or path.stem
+    layers = tuple(sorted(rows))
     try:
         fingerprint = _fingerprint(meta)
-        return Vector.from_directions(str(name), directions, fingerprint, hint, meta)
+        return Vector(name, layers, np.stack([rows[n] for n in layers]), fingerprint, hint, meta, site)
     except (VectorError, ValueError) as error:
         raise VectorFileError(path, str(error)) from error
 
 
 def write(vector: Vector, path: str | Path) -> None:
-    """Write `vector` to `path`: the same vector gives the same bytes.
+    """Write `vector` to `path`, as a control vector where it is one: the same vector gives the same bytes.
 
     Raises VectorError where the model's architecture is not known, VectorFileError where the file can't
     be written. On error a file already there is as it was.
@@ -123,13 +143,14 @@ def write(vector: Vector, path: str | Path) -> None:
         raise VectorFileError(path, f"can't be written ({error.strerror})") from error
     os.close(handle)
     try:
-        with closing(gguf.GGUFWriter(temporary, "controlvector")) as writer:
-            writer.add_string("controlvector.model_hint", vector.model_hint)
-            writer.add_uint32("controlvector.layer_count", len(vector.layers))
+        with closing(gguf.GGUFWriter(temporary, CONTROL if vector.is_control_vector else OWN)) as writer:
+            if vector.is_control_vector:
+                writer.add_string("controlvector.model_hint", vector.model_hint)
+                writer.add_uint32("controlvector.layer_count", len(vector.layers))
             for key, value in sorted(_meta_to_write(vector).items()):
                 _add(writer, f"mien.{key}", value)
-            for layer, row in vector.directions.items():
-                writer.add_tensor(f"direction.{layer}", np.array(row))
+            for name, values in tensors(vector):
+                writer.add_tensor(name, values)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -140,6 +161,18 @@ def write(vector: Vector, path: str | Path) -> None:
         if isinstance(error, OSError):
             raise VectorFileError(path, f"can't be written ({error.strerror})") from error
         raise
+
+
+def why_own(vector: Vector) -> str:
+    """Why it is no control vector, '' where it is one: what is said to who would export or import it."""
+    if vector.is_control_vector:
+        return ""
+    count = "one direction" if vector.rank == 1 else f"{vector.rank} directions"
+    site = "the residual stream" if vector.site == "residual" else vector.site
+    return (
+        "llama.cpp's control vectors have one direction a layer of the residual stream; this one is "
+        f"{count} a layer of {site}"
+    )
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -174,26 +207,39 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
         ) from error
 
 
-def _direction(path: Path, tensor: gguf.ReaderTensor) -> tuple[int, np.ndarray[Any, Any]]:
-    import gguf
+# ---- metadata ----
 
-    name = tensor.name
-    match = _DIRECTION.fullmatch(name)
-    if match is None:
-        raise VectorFileError(
-            path, "expected only tensors named direction.N with N from 1: llama.cpp refuses the file", name
-        )
-    if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-        raise VectorFileError(path, f"expected type F32, got {tensor.tensor_type.name}", name)
-    if len(tensor.shape) != 1:
-        raise VectorFileError(path, f"expected one dimension, got {len(tensor.shape)}", name)
-    row = np.array(tensor.data, dtype=np.float32)
-    if row.size == 0:
-        raise VectorFileError(path, "it is empty", name)
-    if not np.isfinite(row).all():
-        place = int(np.flatnonzero(~np.isfinite(row))[0])
-        raise VectorFileError(path, f"value {place} is {row[place]}; every value must be finite", name)
-    return int(match.group(1)), row
+
+def _read_meta(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The keys under `mien.`, without that. Raises VectorFileError for what could not be written again."""
+    meta = {name[5:]: value for name, value in fields.items() if name.startswith("mien.")}
+    for key, value in meta.items():
+        if not _is_writable(value):
+            raise VectorFileError(
+                path, "expected numbers of 64 bits, in arrays of one kind and 32", f"mien.{key}"
+            )
+    return meta
+
+
+def _is_writable(value: object) -> bool:
+    """Whether `_add` can write it: what GGUF can hold is more than the writer takes."""
+    if not isinstance(value, list):
+        return not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
+    if len({type(item) for item in value}) > 1:  # nested arrays, which the reader flattens
+        return False
+    return all(
+        -(1 << 31) <= item < 1 << 31
+        if isinstance(item, int)
+        else abs(item) <= _FLOAT32 or not np.isfinite(item)
+        for item in value
+        if not isinstance(item, str)
+    )
+
+
+def _text(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise VectorFileError(path, f"expected text, got {value!r}", key)
+    return value
 
 
 def _fingerprint(meta: dict[str, MetaValue]) -> Fingerprint | None:
@@ -204,6 +250,10 @@ def _fingerprint(meta: dict[str, MetaValue]) -> Fingerprint | None:
 
 def _meta_to_write(vector: Vector) -> dict[str, MetaValue]:
     meta: dict[str, MetaValue] = {**vector.meta, "name": vector.name}
+    if not vector.is_control_vector:
+        meta |= {"site": vector.site, "width": vector.width, "model_hint": vector.model_hint}
+    elif "site" in meta:
+        meta["site"] = vector.site
     if vector.fingerprint is not None:
         meta.update({f"model.{key}": value for key, value in vector.fingerprint.as_dict().items()})
     return meta

@@ -337,7 +337,15 @@ static void huge_and_denormal_values_are_finite(void) {
 static float rows[4][LAYERS * EMBD];
 
 static mien_term term(double coefficient, size_t n_rows, const int32_t *layers, const float *values) {
-    return (mien_term){MIEN_OP_ADD, MIEN_SITE_RESIDUAL, coefficient, n_rows, layers, values};
+    return (mien_term){.op = MIEN_OP_ADD,
+                       .site = MIEN_SITE_RESIDUAL,
+                       .coefficient = coefficient,
+                       .width = EMBD,
+                       .rank = 1,
+                       .n_rows = n_rows,
+                       .layers = layers,
+                       .rows = values,
+                       .window = {0, INT32_MAX, 0, INFINITY}};
 }
 
 static mien_term norm_kept(mien_term kept) {
@@ -347,7 +355,7 @@ static mien_term norm_kept(mien_term kept) {
 
 static mien_program *compiled(const mien_term *terms, size_t n_terms) {
     mien_program *program = NULL;
-    CHECK(mien_program_new(&program, LAYERS, EMBD, terms, n_terms) == MIEN_OK);
+    CHECK(mien_program_new(&program, LAYERS, terms, n_terms, NULL, 0) == MIEN_OK);
     return program;
 }
 
@@ -355,58 +363,234 @@ static void every_refusal_has_its_status(void) {
     static const int32_t good[] = {1, 2, 5}, negative[] = {-1, 2}, too_large[] = {1, LAYERS}, twice[] = {1, 2, 2},
                          falling[] = {1, 3, 2};
     static float nan_row[EMBD], infinite_row[EMBD], huge_row[EMBD];
+    static const double biases[] = {0, 0, 0}, bad_biases[] = {0, NAN, 0};
     nan_row[EMBD - 1] = NAN;
     infinite_row[0] = INFINITY;
     fill(huge_row, EMBD, FLT_MAX);
-    mien_term unknown_op = term(1, 3, good, rows[0]), unknown_site = unknown_op, negative_op = unknown_op;
-    unknown_op.op = (mien_op)MIEN_OPS;
-    negative_op.op = (mien_op)-1;
-    unknown_site.site = (mien_site)MIEN_SITES;
+    const mien_term one = term(1, 3, good, rows[0]);
+    mien_term op = one, no_op = one, site = one, no_site = one, flat = one, narrow = one, no_rank = one, ranks = one,
+              aimless = one, no_probe = one, bad_bias = one, bad_target = one, bad_basis = one, bad_margin = one,
+              no_decay = one, nan_decay = one, gates = one, gate = one, no_gate = one, long_probe = one;
+    op.op = (mien_op)MIEN_OPS;
+    no_op.op = (mien_op)-1;
+    site.site = (mien_site)MIEN_SITES;
+    no_site.site = (mien_site)-1;
+    flat.width = 0;
+    narrow.width = INT32_MIN;
+    no_rank.rank = 0;
+    ranks.rank = 2;
+    aimless.op = MIEN_OP_CLAMP;
+    bad_target = bad_basis = aimless;
+    bad_target.targets = infinite_row;
+    bad_target.n_rows = 1;
+    bad_basis.rows = nan_row;
+    bad_basis.targets = rows[1];
+    bad_basis.n_rows = 1;
+    no_probe.op = MIEN_OP_EDIT;
+    bad_bias = bad_margin = long_probe = no_probe;
+    bad_bias.biases = bad_biases;
+    bad_margin.biases = long_probe.biases = biases;
+    bad_margin.margin = INFINITY;
+    long_probe.rows = nan_row;
+    long_probe.n_rows = 1;
+    no_decay.window.decay = 0;
+    nan_decay.window.decay = NAN;
+    gates.n_gates = MIEN_TERM_GATES + 1;
+    gate.n_gates = no_gate.n_gates = 1;
+    no_gate.gates[0] = -1;
     const struct {
-        int32_t n_layer, n_embd;
+        int32_t n_layer;
         mien_term term;
         mien_status status;
     } table[] = {
-        {0, EMBD, term(1, 3, good, rows[0]), MIEN_ERR_SHAPE},
-        {-1, EMBD, term(1, 3, good, rows[0]), MIEN_ERR_SHAPE},
-        {LAYERS, 0, term(1, 3, good, rows[0]), MIEN_ERR_SHAPE},
-        {LAYERS, INT32_MIN, term(1, 3, good, rows[0]), MIEN_ERR_SHAPE},
-        {LAYERS, EMBD, unknown_op, MIEN_ERR_OP},
-        {LAYERS, EMBD, negative_op, MIEN_ERR_OP},
-        {LAYERS, EMBD, unknown_site, MIEN_ERR_SITE},
-        {LAYERS, EMBD, term(1, 2, negative, rows[0]), MIEN_ERR_LAYER},
-        {LAYERS, EMBD, term(1, 2, too_large, rows[0]), MIEN_ERR_LAYER},
-        {LAYERS, EMBD, term(1, 3, twice, rows[0]), MIEN_ERR_LAYER},
-        {LAYERS, EMBD, term(1, 3, falling, rows[0]), MIEN_ERR_LAYER},
-        {LAYERS, EMBD, term(NAN, 3, good, rows[0]), MIEN_ERR_NOT_FINITE},
-        {LAYERS, EMBD, term(INFINITY, 3, good, rows[0]), MIEN_ERR_NOT_FINITE},
-        {LAYERS, EMBD, term(-INFINITY, 0, good, rows[0]), MIEN_ERR_NOT_FINITE},
-        {LAYERS, EMBD, term(1, 1, good, nan_row), MIEN_ERR_NOT_FINITE},
-        {LAYERS, EMBD, term(0, 1, good, infinite_row), MIEN_ERR_NOT_FINITE},
-        {LAYERS, EMBD, term(1.001, 1, good, huge_row), MIEN_ERR_NOT_FINITE}, /* overflows float */
-        {LAYERS, EMBD, term(DBL_MAX, 1, good, huge_row), MIEN_ERR_NOT_FINITE}, /* and double */
+        {0, one, MIEN_ERR_SHAPE},
+        {-1, one, MIEN_ERR_SHAPE},
+        {LAYERS, flat, MIEN_ERR_SHAPE},
+        {LAYERS, narrow, MIEN_ERR_SHAPE},
+        {LAYERS, no_rank, MIEN_ERR_SHAPE},
+        {LAYERS, ranks, MIEN_ERR_SHAPE},
+        {LAYERS, aimless, MIEN_ERR_SHAPE},
+        {LAYERS, no_probe, MIEN_ERR_SHAPE},
+        {LAYERS, op, MIEN_ERR_OP},
+        {LAYERS, no_op, MIEN_ERR_OP},
+        {LAYERS, site, MIEN_ERR_SITE},
+        {LAYERS, no_site, MIEN_ERR_SITE},
+        {LAYERS, gates, MIEN_ERR_GATE},
+        {LAYERS, gate, MIEN_ERR_GATE}, /* there is none */
+        {LAYERS, no_gate, MIEN_ERR_GATE},
+        {LAYERS, term(1, 2, negative, rows[0]), MIEN_ERR_LAYER},
+        {LAYERS, term(1, 2, too_large, rows[0]), MIEN_ERR_LAYER},
+        {LAYERS, term(1, 3, twice, rows[0]), MIEN_ERR_LAYER},
+        {LAYERS, term(1, 3, falling, rows[0]), MIEN_ERR_LAYER},
+        {LAYERS, term(NAN, 3, good, rows[0]), MIEN_ERR_NOT_FINITE},
+        {LAYERS, term(INFINITY, 3, good, rows[0]), MIEN_ERR_NOT_FINITE},
+        {LAYERS, term(-INFINITY, 0, good, rows[0]), MIEN_ERR_NOT_FINITE},
+        {LAYERS, term(1, 1, good, nan_row), MIEN_ERR_NOT_FINITE},
+        {LAYERS, term(0, 1, good, infinite_row), MIEN_ERR_NOT_FINITE},
+        {LAYERS, term(1.001, 1, good, huge_row), MIEN_ERR_NOT_FINITE}, /* overflows float */
+        {LAYERS, term(DBL_MAX, 1, good, huge_row), MIEN_ERR_NOT_FINITE}, /* and double */
+        {LAYERS, bad_target, MIEN_ERR_NOT_FINITE},
+        {LAYERS, bad_basis, MIEN_ERR_NOT_FINITE},
+        {LAYERS, bad_bias, MIEN_ERR_NOT_FINITE},
+        {LAYERS, bad_margin, MIEN_ERR_NOT_FINITE},
+        {LAYERS, long_probe, MIEN_ERR_NOT_FINITE},
+        {LAYERS, no_decay, MIEN_ERR_NOT_FINITE},
+        {LAYERS, nan_decay, MIEN_ERR_NOT_FINITE},
     };
     for (size_t i = 0; i < 2 * LENGTH(table); i++) {
-        /* behind a good term, so that the check of each term is what refuses; of both operations */
+        /* behind a good term, so that the check of each term is what refuses; of both kinds of adding */
         const size_t row = i / 2;
-        const bool known = table[row].status != MIEN_ERR_OP;
-        const mien_term refused = i % 2 && known ? norm_kept(table[row].term) : table[row].term;
+        const bool adds = table[row].term.op == MIEN_OP_ADD;
+        const mien_term refused = i % 2 && adds ? norm_kept(table[row].term) : table[row].term;
         const mien_term terms[] = {term(0.5, 3, good, rows[1]), refused};
         const long before = live_blocks;
         mien_program *program = (mien_program *)&program;
-        const mien_status status = mien_program_new(&program, table[row].n_layer, table[row].n_embd, terms, 2);
+        const mien_status status = mien_program_new(&program, table[row].n_layer, terms, 2, NULL, 0);
         if (!CHECK(status == table[row].status)) printf("  row %zu of the table gave %d\n", row, status);
         CHECK(program == NULL);
         CHECK(live_blocks == before);
     }
     mien_program *program = (mien_program *)&program;
-    CHECK(mien_program_new(&program, LAYERS, EMBD, NULL, SIZE_MAX) == MIEN_ERR_MEMORY);
+    CHECK(mien_program_new(&program, LAYERS, NULL, SIZE_MAX, NULL, 0) == MIEN_ERR_MEMORY);
     CHECK(program == NULL);
 }
 
+static void one_place_has_one_width(void) {
+    static const int32_t here[] = {2}, there[] = {3};
+    mien_term narrow = term(1, 1, here, rows[0]), elsewhere = term(1, 1, there, rows[0]);
+    narrow.width = elsewhere.width = EMBD - 1;
+    mien_term other_op = norm_kept(narrow), other_site = narrow;
+    other_site.site = MIEN_SITE_HEADS;
+    const mien_term wide = term(1, 1, here, rows[1]);
+    const struct {
+        mien_term term;
+        mien_status status;
+    } table[] = {{narrow, MIEN_ERR_SHAPE}, {other_op, MIEN_ERR_SHAPE}, {elsewhere, MIEN_OK}, {other_site, MIEN_OK}};
+    for (size_t i = 0; i < LENGTH(table); i++) {
+        mien_program *program = NULL;
+        CHECK(mien_program_new(&program, LAYERS, (mien_term[]){wide, table[i].term}, 2, NULL, 0) == table[i].status);
+        mien_program_release(program);
+    }
+}
+
+/* Readouts that open where the row's first float, less `offset`, is above `above`; at layers 1 and 4. */
+static const int32_t gate_layers[] = {1, 4};
+static float gate_rows[2 * EMBD];
+static const double no_offsets[] = {0, 0};
+
+static mien_gate gate_above(double above) {
+    gate_rows[0] = gate_rows[EMBD] = 1.0f;
+    return (mien_gate){{EMBD, 2, gate_layers, gate_rows, no_offsets}, above, INFINITY, 0, false};
+}
+
+static mien_term gated(mien_term of, int32_t gate) {
+    of.gates[of.n_gates++] = gate;
+    return of;
+}
+
+static void every_refusal_of_a_gate_has_its_status(void) {
+    static const int32_t twice[] = {1, 1}, too_large[] = {1, LAYERS};
+    static const double nan_offsets[] = {0, NAN};
+    static float nan_rows[2 * EMBD];
+    nan_rows[2 * EMBD - 1] = NAN;
+    const mien_gate one = gate_above(0);
+    mien_gate above = one, below = one, slack = one, no_slack = one, endless = one, flat = one, layer = one,
+              layers = one, offset = one, row = one, narrow = one;
+    above.above = NAN;
+    below.below = NAN;
+    slack.hysteresis = -1;
+    no_slack.hysteresis = NAN;
+    endless.hysteresis = INFINITY;
+    flat.readout.width = 0;
+    layer.readout.layers = twice;
+    layers.readout.layers = too_large;
+    offset.readout.offsets = nan_offsets;
+    row.readout.rows = nan_rows;
+    narrow.readout.width = EMBD - 1;
+    const struct {
+        mien_gate gate;
+        mien_status status;
+    } table[] = {
+        {above, MIEN_ERR_NOT_FINITE},   {below, MIEN_ERR_NOT_FINITE},  {slack, MIEN_ERR_NOT_FINITE},
+        {no_slack, MIEN_ERR_NOT_FINITE}, {endless, MIEN_ERR_NOT_FINITE}, {offset, MIEN_ERR_NOT_FINITE},
+        {row, MIEN_ERR_NOT_FINITE},     {flat, MIEN_ERR_SHAPE},        {narrow, MIEN_ERR_SHAPE},
+        {layer, MIEN_ERR_LAYER},        {layers, MIEN_ERR_LAYER},      {one, MIEN_OK},
+    };
+    for (size_t i = 0; i < LENGTH(table); i++) {
+        const mien_term terms[] = {gated(term(1, 2, gate_layers, rows[0]), 1)};
+        const mien_gate gates[] = {one, table[i].gate};
+        const long before = live_blocks;
+        mien_program *program = (mien_program *)&program;
+        const mien_status status = mien_program_new(&program, LAYERS, terms, 1, gates, 2);
+        if (!CHECK(status == table[i].status)) printf("  row %zu of the table gave %d\n", i, status);
+        CHECK((program != NULL) == (status == MIEN_OK));
+        mien_program_release(program);
+        CHECK(live_blocks == before);
+    }
+}
+
+static void a_place_has_room_for_so_many_gates(void) {
+    enum { MANY = MIEN_PLACE_GATES + 1 };
+    mien_gate gates[MANY];
+    mien_term terms[MANY];
+    for (int32_t i = 0; i < MANY; i++) {
+        gates[i] = gate_above(i);
+        terms[i] = gated(term(1, 2, gate_layers, rows[0]), i);
+    }
+    mien_program *program = NULL;
+    CHECK(mien_program_new(&program, LAYERS, terms, MANY, gates, MANY) == MIEN_ERR_GATE && !program);
+    CHECK(mien_program_new(&program, LAYERS, terms, MANY - 1, gates, MANY) == MIEN_OK);
+    float row[EMBD] = {5.5f}, expected[EMBD] = {5.5f}; /* above 0 to 5 */
+    for (int i = 0; i < 6; i++)
+        for (size_t k = 0; k < EMBD; k++) expected[k] += rows[0][k];
+    mien_program_apply(program, MIEN_SITE_RESIDUAL, 1, row, 1, NULL);
+    CHECK(same_bits(row, expected, EMBD));
+    mien_program_release(program);
+}
+
+/* Of every operation and site, with windows and gates, some of which remember; at layers 1 and 4. */
+enum { KINDS = 12 };
+static float unit_rows[2 * EMBD], few_rows[2 * EMBD], aims[2 * EMBD];
+static const double biases_of_two[] = {0.5, -0.5};
+
+static void terms_of_every_kind(mien_term terms[KINDS], mien_gate gates[2]) {
+    unit_rows[3] = unit_rows[EMBD + 3] = 1.0f;
+    few_rows[2] = few_rows[EMBD + 5] = 0.5f;
+    aims[3] = aims[EMBD + 3] = 2.0f;
+    for (int i = 0; i < KINDS; i++) terms[i] = term(0.75, 2, gate_layers, rows[i % 4]);
+    for (int i = 0; i < 3; i++) terms[i].op = (mien_op)i, terms[i].rows = unit_rows;
+    terms[MIEN_OP_CLAMP].targets = aims;
+    terms[MIEN_OP_EDIT].biases = biases_of_two;
+    terms[MIEN_OP_EDIT].margin = 3;
+    terms[3].op = MIEN_OP_SCALE;
+    terms[4].window = (mien_window){1, 9, 2, 4};
+    terms[5].op = MIEN_OP_ADD_KEEP_NORM;
+    terms[6].op = MIEN_OP_FORBID, terms[7].op = MIEN_OP_FORCE;
+    terms[6].site = terms[7].site = MIEN_SITE_EXPERTS;
+    terms[6].rows = few_rows, terms[7].rows = unit_rows;
+    terms[8].site = MIEN_SITE_NEURONS, terms[8].rows = few_rows; /* sparse */
+    terms[9].site = MIEN_SITE_NEURONS, terms[9].op = MIEN_OP_SCALE, terms[9].rows = few_rows;
+    terms[10] = gated(term(1, 2, gate_layers, rows[1]), 0);
+    terms[11] = gated(gated(term(-1, 2, gate_layers, rows[2]), 1), 0);
+    terms[11].site = MIEN_SITE_HEADS;
+    gates[0] = gates[1] = gate_above(0);
+    gates[0].latch = true;
+    gates[1].hysteresis = 1;
+}
+
+static mien_program *of_every_kind(void) {
+    mien_term terms[KINDS];
+    mien_gate gates[2];
+    terms_of_every_kind(terms, gates);
+    mien_program *program = NULL;
+    CHECK(mien_program_new(&program, LAYERS, terms, KINDS, gates, 2) == MIEN_OK);
+    return program;
+}
+
 static void a_failing_allocation_is_reported_and_leaks_nothing(void) {
-    const int32_t layers[] = {1, 4};
-    const mien_term terms[] = {term(1, 2, layers, rows[0]), norm_kept(term(0.5, 2, layers, rows[1]))};
+    mien_term terms[KINDS];
+    mien_gate gates[2];
+    terms_of_every_kind(terms, gates);
     const long before = live_blocks;
     mien_program *program = NULL;
     mien_status status = MIEN_ERR_MEMORY;
@@ -414,7 +598,7 @@ static void a_failing_allocation_is_reported_and_leaks_nothing(void) {
     for (; k < 100 && status != MIEN_OK; k++) {
         program = (mien_program *)&program;
         fail_after = k;
-        status = mien_program_new(&program, LAYERS, EMBD, terms, 2);
+        status = mien_program_new(&program, LAYERS, terms, KINDS, gates, 2);
         fail_after = -1;
         if (status == MIEN_OK) break;
         CHECK(status == MIEN_ERR_MEMORY);
@@ -425,6 +609,315 @@ static void a_failing_allocation_is_reported_and_leaks_nothing(void) {
     CHECK(live_blocks == before + 1); /* a program is one block */
     mien_program_release(program);
     CHECK(live_blocks == before);
+}
+
+static void a_program_knows_its_places(void) {
+    mien_program *program = of_every_kind(), *plain = compiled((mien_term[]){term(1, 2, gate_layers, rows[0])}, 1);
+    static const bool has[MIEN_SITES] = {true, false, false, true, true, true};
+    int32_t layers[LAYERS];
+    for (int site = -1; site <= MIEN_SITES; site++) {
+        const bool here = site >= 0 && site < MIEN_SITES && has[site];
+        CHECK(mien_program_has(program, (mien_site)site) == here);
+        CHECK(mien_program_has(plain, (mien_site)site) == (site == MIEN_SITE_RESIDUAL));
+        CHECK(mien_program_layers(program, (mien_site)site, layers) == (here ? 2 : 0));
+        if (here) CHECK(layers[0] == 1 && layers[1] == 4);
+        for (int32_t layer = -1; layer <= LAYERS; layer++) {
+            const bool acts = here && (layer == 1 || layer == 4);
+            CHECK(mien_program_acts(program, (mien_site)site, layer) == acts);
+            CHECK(mien_program_width(program, (mien_site)site, layer) == (acts ? EMBD : 0));
+            const bool remembers = acts && (site == MIEN_SITE_RESIDUAL || site == MIEN_SITE_HEADS);
+            CHECK(mien_program_ordered(program, (mien_site)site, layer) == remembers);
+            CHECK(!mien_program_ordered(plain, (mien_site)site, layer));
+        }
+    }
+    CHECK(mien_program_counts(program) && mien_program_remembers(program));
+    CHECK(!mien_program_counts(plain) && !mien_program_remembers(plain));
+    CHECK(!mien_program_counts(NULL) && !mien_program_remembers(NULL) && !mien_program_has(NULL, MIEN_SITE_RESIDUAL));
+    CHECK(mien_program_fits(program, LAYERS) && !mien_program_fits(program, LAYERS + 1));
+    CHECK(mien_program_fits(NULL, LAYERS + 1));
+    mien_program_release(program);
+    mien_program_release(plain);
+}
+
+/* With floats around the rows, which stay, and without memory for a copy of a row. */
+static void no_operation_leaves_its_rows(void) {
+    enum { N = 7 };
+    mien_program *program = of_every_kind();
+    mien_memory *memory = NULL, *other = NULL;
+    CHECK(mien_memory_new(&memory, program) == MIEN_OK && mien_memory_reserve(memory, N) == MIEN_OK);
+    CHECK(mien_memory_new(&other, program) == MIEN_OK && mien_memory_reserve(other, N) == MIEN_OK);
+    float data[(N + 2) * EMBD], before[LENGTH(data)], again[LENGTH(data)];
+    mien_token tokens[N], same[N];
+    for (int32_t i = 0; i < N; i++) {
+        tokens[i] = (mien_token){i - 1, memory};
+        same[i] = (mien_token){i - 1, other};
+    }
+    for (int site = 0; site < MIEN_SITES; site++)
+        for (int32_t layer = 0; layer < LAYERS; layer++) {
+            fill_random(data, LENGTH(data));
+            memcpy(before, data, sizeof data);
+            memcpy(again, data, sizeof data);
+            const mien_shift shift = mien_program_apply(program, (mien_site)site, layer, data + EMBD, N, tokens);
+            CHECK(same_bits(data, before, EMBD));
+            CHECK(same_bits(data + (N + 1) * EMBD, before + (N + 1) * EMBD, EMBD));
+            size_t moved = 0;
+            for (size_t r = 1; r <= N; r++) moved += !same_bits(data + r * EMBD, before + r * EMBD, EMBD);
+            CHECK(shift.rows == (int64_t)moved);
+            if (site != MIEN_SITE_EXPERTS)
+                CHECK(fabs(shift.squared - squared_shift(before, data, LENGTH(data))) <= 1e-5 * shift.squared);
+            fail_after = 0;
+            const mien_shift poor = mien_program_apply(program, (mien_site)site, layer, again + EMBD, N, same);
+            fail_after = -1;
+            CHECK(same_bits(again, data, LENGTH(data)));
+            CHECK(poor.rows == shift.rows && (poor.squared > 0) == (shift.squared > 0));
+            const mien_shift at = mien_program_apply_at(program, (mien_site)site, layer, (uintptr_t)(before + EMBD), N,
+                                                        (uintptr_t)same);
+            CHECK(same_bits(before, data, LENGTH(data)) && at.rows == shift.rows && at.squared == shift.squared);
+        }
+    mien_memory_release(memory);
+    mien_memory_release(other);
+    mien_program_release(program);
+}
+
+/* More directions than the row has floats, and zeros among them, as a basis may come. */
+static void a_subspace_may_have_any_rank(void) {
+    enum { WIDE = 5, RANK = 40 };
+    static float basis[RANK * WIDE], target[WIDE] = {1, 2, 3, 0, 0};
+    const int32_t layer[] = {2};
+    memset(basis, 0, sizeof basis);
+    for (size_t i = 0; i < 3; i++) basis[(i * 13 + 1) * WIDE + i] = 1.0f;
+    for (int op = MIEN_OP_ABLATE; op <= MIEN_OP_CLAMP; op++)
+        for (int32_t rank = 1; rank <= RANK; rank++) {
+            mien_term one = term(1, 1, layer, basis);
+            one.op = (mien_op)op;
+            one.width = WIDE;
+            one.rank = rank;
+            one.targets = target;
+            mien_program *program = compiled(&one, 1);
+            const size_t held = rank > 27 ? 3 : rank > 14 ? 2 : rank > 1 ? 1 : 0;
+            float row[] = {7, 7, 7, 7, 7};
+            mien_program_apply(program, MIEN_SITE_RESIDUAL, 2, row, 1, NULL);
+            for (size_t i = 0; i < WIDE; i++)
+                CHECK(row[i] == (i >= held ? 7.0f : op == MIEN_OP_CLAMP ? target[i] : 0.0f));
+            mien_program_release(program);
+        }
+}
+
+static void a_window_has_its_share_at_each_token(void) {
+    const int32_t layer[] = {2};
+    static float ones[EMBD];
+    fill(ones, EMBD, 1.0f);
+    static const struct {
+        mien_window window;
+        float shares[7]; /* of tokens -1 to 5 */
+    } table[] = {
+        {{0, INT32_MAX, 0, INFINITY}, {1, 1, 1, 1, 1, 1, 1}},
+        {{2, INT32_MAX, 0, INFINITY}, {0, 0, 0, 1, 1, 1, 1}},
+        {{0, 2, 0, INFINITY}, {0, 1, 1, 0, 0, 0, 0}},
+        {{1, 3, 0, INFINITY}, {0, 0, 1, 1, 0, 0, 0}},
+        {{0, INT32_MAX, 4, INFINITY}, {0, 0.25f, 0.5f, 0.75f, 1, 1, 1}},
+        {{0, INT32_MAX, 0, 2}, {0, 1, 0.70710678f, 0.5f, 0.35355339f, 0.25f, 0.17677669f}},
+        {{1, 5, 2, 1}, {0, 0, 0.5f, 0.5f, 0.25f, 0.125f, 0}},
+        {{0, INT32_MAX, 0, 1e-300}, {0, 1, 0, 0, 0, 0, 0}},
+    };
+    for (size_t w = 0; w < LENGTH(table); w++) {
+        mien_term one = term(1, 1, layer, ones);
+        one.window = table[w].window;
+        mien_program *program = compiled(&one, 1);
+        for (int32_t i = 0; i < 7; i++) {
+            float row[EMBD] = {0};
+            const mien_token token = {i - 1, NULL};
+            const mien_shift shift = mien_program_apply(program, MIEN_SITE_RESIDUAL, 2, row, 1, &token);
+            CHECK(all_are(row, EMBD, table[w].shares[i]));
+            CHECK(shift.rows == (table[w].shares[i] != 0));
+        }
+        CHECK(!mien_program_direction(program, MIEN_SITE_RESIDUAL, 2, MIEN_OP_ADD) == (w > 0));
+        CHECK(mien_program_counts(program) == (w > 0));
+        mien_program_release(program);
+    }
+}
+
+/* ---- what gates remember ------------------------------------------------------------------------ */
+
+/* Whether each of n tokens, from number `from` of the reply, was acted on: their readouts are `values`. */
+static unsigned opened(const mien_program *program, mien_memory *memory, int32_t from, const float *values, int32_t n) {
+    unsigned found = 0;
+    for (int32_t i = 0; i < n; i++) {
+        float row[EMBD] = {values[i]};
+        const mien_token token = {from + i, memory};
+        found |= (unsigned)mien_program_apply(program, MIEN_SITE_RESIDUAL, 1, row, 1, &token).rows << i;
+    }
+    return found;
+}
+
+static mien_program *latching(void) {
+    mien_gate gate = gate_above(0.5);
+    gate.latch = true;
+    const mien_term one = gated(term(1, 2, gate_layers, rows[0]), 0);
+    mien_program *program = NULL;
+    CHECK(mien_program_new(&program, LAYERS, &one, 1, &gate, 1) == MIEN_OK);
+    return program;
+}
+
+static void a_reply_taken_back_is_decided_as_if_it_had_not_gone_further(void) {
+    mien_program *program = latching();
+    mien_memory *memory = NULL;
+    CHECK(mien_memory_new(&memory, program) == MIEN_OK && mien_memory_reserve(memory, 8) == MIEN_OK);
+    static const float first[] = {0, 0, 0, 1, 0, 0, 0, 0}, second[] = {0, 0, 1, 0};
+    CHECK(opened(program, memory, 0, first, 8) == 0xf8);
+    CHECK(opened(program, memory, 2, second, 4) == 0xc); /* the 1 at token 3 is not said any more */
+    CHECK(opened(program, memory, 6, first, 2) == 0x3);  /* but that at token 4 is */
+    CHECK(opened(program, memory, 0, second, 4) == 0xc); /* another reply */
+    CHECK(opened(program, memory, -1, &second[2], 1) == 1);
+    CHECK(opened(program, memory, 0, first, 1) == 0); /* a prompt's token opens nothing for the reply */
+    mien_memory_release(memory);
+    mien_program_release(program);
+}
+
+static void a_memory_grows_and_keeps_what_it_holds(void) {
+    mien_program *program = latching();
+    mien_memory *memory = NULL;
+    static const float one[] = {1}, none[200] = {0};
+    CHECK(mien_memory_new(&memory, program) == MIEN_OK);
+    CHECK(opened(program, memory, 0, one, 1) == 1); /* without room nothing is remembered */
+    CHECK(opened(program, memory, 1, none, 1) == 0);
+    CHECK(mien_memory_reserve(memory, 0) == MIEN_OK && mien_memory_reserve(memory, 1) == MIEN_OK);
+    CHECK(opened(program, memory, 0, one, 1) == 1);
+    for (int32_t reply = 1; reply < 1000; reply++) {
+        CHECK(mien_memory_reserve(memory, reply + 1) == MIEN_OK);
+        CHECK(opened(program, memory, reply, none, 1) == 1);
+    }
+    CHECK(mien_memory_reserve(memory, 3) == MIEN_OK); /* it never shrinks */
+    CHECK(opened(program, memory, 999, none, 1) == 1);
+    mien_memory_release(memory);
+    mien_program_release(program);
+}
+
+static void a_memory_lives_as_long_as_it_is_held(void) {
+    const long before = live_blocks;
+    mien_program *program = latching(), *plain = compiled(NULL, 0);
+    mien_memory *memory = (mien_memory *)&memory;
+    fail_after = 0;
+    CHECK(mien_memory_new(&memory, program) == MIEN_ERR_MEMORY);
+    fail_after = -1;
+    CHECK(memory == NULL);
+    CHECK(mien_memory_new(&memory, program) == MIEN_OK);
+    fail_after = 0;
+    CHECK(mien_memory_reserve(memory, 9) == MIEN_ERR_MEMORY);
+    fail_after = -1;
+    static const float one[] = {1, 0};
+    CHECK(opened(program, memory, 0, one, 2) == 1); /* still usable, and empty */
+    CHECK(mien_memory_reserve(memory, 70) == MIEN_OK);
+    CHECK(opened(program, memory, 0, one, 2) == 3);
+    fail_after = 0;
+    CHECK(mien_memory_reserve(memory, 5000) == MIEN_ERR_MEMORY);
+    fail_after = -1;
+    CHECK(opened(program, memory, 1, &one[1], 1) == 1); /* what it held is there */
+    CHECK(mien_memory_retain(memory) == memory);
+    mien_memory_release(memory);
+    CHECK(opened(program, memory, 1, &one[1], 1) == 1);
+    mien_memory_release(memory);
+    /* Of a program that remembers nothing it takes no room, and of another one it is not written. */
+    CHECK(mien_memory_new(&memory, plain) == MIEN_OK && mien_memory_reserve(memory, INT32_MAX) == MIEN_OK);
+    CHECK(opened(program, memory, 0, one, 2) == 1);
+    mien_memory_release(memory);
+    CHECK(mien_memory_new(&memory, NULL) == MIEN_OK);
+    mien_memory_release(memory);
+    CHECK(mien_memory_retain(NULL) == NULL);
+    mien_memory_release(NULL);
+    mien_program_release(program);
+    mien_program_release(plain);
+    CHECK(live_blocks == before);
+}
+
+/* ---- probes ------------------------------------------------------------------------------------- */
+
+enum { READOUTS = 37 };
+
+/* Readout i is at layers 1 and 4, or at 4 alone, with offset i. */
+static mien_probe *probe_of_many(void) {
+    static float values[READOUTS][2 * EMBD];
+    static double offsets[READOUTS][2];
+    static const int32_t only_four[] = {4};
+    mien_readout readouts[READOUTS];
+    for (int i = 0; i < READOUTS; i++) {
+        for (size_t k = 0; k < 2 * EMBD; k++) values[i][k] = rows[i % 4][(k + (size_t)i) % (LAYERS * EMBD)];
+        offsets[i][0] = offsets[i][1] = i;
+        readouts[i] = (mien_readout){EMBD, i % 3 ? 2 : 1, i % 3 ? gate_layers : only_four, values[i], offsets[i]};
+    }
+    mien_probe *probe = NULL;
+    const long before = live_blocks;
+    CHECK(mien_probe_new(&probe, LAYERS, readouts, READOUTS) == MIEN_OK);
+    CHECK(live_blocks == before + 1);
+    for (size_t i = 0; i < READOUTS; i++) fill(values[i], 2 * EMBD, NAN); /* nothing is kept of it */
+    return probe;
+}
+
+static void a_probe_reads_every_vector_of_every_row(void) {
+    enum { N = 3 };
+    mien_probe *probe = probe_of_many();
+    CHECK(mien_probe_layers(probe) == LAYERS && mien_probe_width(probe) == EMBD && mien_probe_count(probe) == READOUTS);
+    float data[N * EMBD], out[N * READOUTS + 1], at[N * READOUTS + 1], v[EMBD];
+    fill_random(data, LENGTH(data));
+    for (int32_t layer = 0; layer < LAYERS; layer++) {
+        fill(out, LENGTH(out), -7.0f);
+        memcpy(at, out, sizeof out);
+        mien_probe_read(probe, layer, data, N, out);
+        mien_probe_read_at(probe, layer, (uintptr_t)data, N, (uintptr_t)at);
+        CHECK(!memcmp(at, out, sizeof out) && out[N * READOUTS] == -7.0f);
+        for (size_t r = 0; r < N; r++)
+            for (size_t i = 0; i < READOUTS; i++) {
+                const float found = out[r * READOUTS + i];
+                const bool there = layer == 4 || (layer == 1 && i % 3);
+                const size_t from = layer == 4 && i % 3 ? EMBD : 0;
+                for (size_t k = 0; k < EMBD; k++) v[k] = rows[i % 4][(from + k + i) % (LAYERS * EMBD)];
+                CHECK(there ? found == (float)(mien_dot(data + r * EMBD, v, EMBD) - (double)i) : isnan(found));
+            }
+    }
+    fill(out, LENGTH(out), -7.0f);
+    mien_probe_read(probe, -1, data, N, out);
+    mien_probe_read(probe, LAYERS, data, N, out);
+    mien_probe_read(probe, 4, data, 0, out);
+    CHECK(all_are(out, LENGTH(out), -7.0f));
+    mien_probe_release(probe);
+}
+
+static void every_refusal_of_a_probe_has_its_status(void) {
+    static const int32_t twice[] = {1, 1}, negative[] = {-1, 2};
+    static float nan_rows[2 * EMBD];
+    nan_rows[EMBD] = NAN;
+    const mien_readout one = {EMBD, 2, gate_layers, rows[0], no_offsets};
+    mien_readout flat = one, narrow = one, layer = one, low = one, row = one;
+    flat.width = 0;
+    narrow.width = EMBD - 1;
+    layer.layers = twice;
+    low.layers = negative;
+    row.rows = nan_rows;
+    const struct {
+        int32_t n_layer;
+        size_t n;
+        mien_readout second;
+        mien_status status;
+    } table[] = {
+        {0, 2, one, MIEN_ERR_SHAPE},        {LAYERS, 0, one, MIEN_ERR_SHAPE},  {LAYERS, 2, flat, MIEN_ERR_SHAPE},
+        {LAYERS, 2, narrow, MIEN_ERR_SHAPE}, {LAYERS, 2, layer, MIEN_ERR_LAYER}, {LAYERS, 2, low, MIEN_ERR_LAYER},
+        {4, 2, one, MIEN_ERR_LAYER},        {LAYERS, 2, row, MIEN_ERR_NOT_FINITE}, {LAYERS, 2, one, MIEN_OK},
+    };
+    for (size_t i = 0; i < LENGTH(table); i++) {
+        const mien_readout readouts[] = {one, table[i].second};
+        const long before = live_blocks;
+        mien_probe *probe = (mien_probe *)&probe;
+        CHECK(mien_probe_new(&probe, table[i].n_layer, readouts, table[i].n) == table[i].status);
+        CHECK((probe != NULL) == (table[i].status == MIEN_OK));
+        mien_probe_release(probe);
+        CHECK(live_blocks == before);
+    }
+    mien_probe *probe = (mien_probe *)&probe;
+    fail_after = 0;
+    CHECK(mien_probe_new(&probe, LAYERS, &one, 1) == MIEN_ERR_MEMORY && !probe);
+    fail_after = -1;
+    CHECK(mien_probe_retain(NULL) == NULL);
+    mien_probe_release(NULL);
 }
 
 static void terms_fold_into_one_direction_a_layer(void) {
@@ -445,7 +938,7 @@ static void terms_fold_into_one_direction_a_layer(void) {
     CHECK(layers[0] == 0 && layers[1] == 2 && layers[2] == 3 && layers[3] == 5);
     for (int32_t layer = 0; layer < LAYERS; layer++) {
         float row[EMBD] = {0};
-        mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, row, 1);
+        mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, row, 1, NULL);
         CHECK(same_bits(row, expected[layer], EMBD));
         CHECK(mien_program_acts(program, MIEN_SITE_RESIDUAL, layer) == (layer != 1 && layer != 4));
     }
@@ -455,8 +948,8 @@ static void terms_fold_into_one_direction_a_layer(void) {
 static void terms_of_two_operations_do_not_fold_together(void) {
     const int32_t at_a[] = {0, 2, 3}, at_b[] = {2, 5}, at_c[] = {2, 3}, at_d[] = {0, 2};
     const double a = 0.7, b = -1.1, c = 0.3, d = 2.5;
-    const mien_term terms[] = {norm_kept(term(b, 2, at_b, rows[1])), term(a, 3, at_a, rows[0]),
-                               norm_kept(term(d, 2, at_d, rows[3])), term(c, 2, at_c, rows[2])};
+    const mien_term terms[] = {norm_kept(term(b, 2, at_b, rows[1])), norm_kept(term(d, 2, at_d, rows[3])),
+                               term(a, 3, at_a, rows[0]), term(c, 2, at_c, rows[2])};
     const float *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2], *const r3 = rows[3];
     float expected[LAYERS][MIEN_OPS][EMBD];
     memset(expected, 0, sizeof expected);
@@ -468,7 +961,9 @@ static void terms_of_two_operations_do_not_fold_together(void) {
         expected[3][MIEN_OP_ADD][i] = (float)(a * (double)r0[2 * EMBD + i] + c * (double)r2[EMBD + i]);
         expected[5][MIEN_OP_ADD_KEEP_NORM][i] = (float)(b * (double)r1[EMBD + i]);
     }
-    static const bool has[LAYERS][MIEN_OPS] = {{true, true}, {0}, {true, true}, {true, false}, {0}, {false, true}};
+    bool has[LAYERS][MIEN_OPS] = {{0}};
+    has[0][MIEN_OP_ADD] = has[2][MIEN_OP_ADD] = has[3][MIEN_OP_ADD] = true;
+    has[0][MIEN_OP_ADD_KEEP_NORM] = has[2][MIEN_OP_ADD_KEEP_NORM] = has[5][MIEN_OP_ADD_KEEP_NORM] = true;
     mien_program *program = compiled(terms, LENGTH(terms));
     int32_t layers[LAYERS];
     CHECK(mien_program_layers(program, MIEN_SITE_RESIDUAL, layers) == 4);
@@ -486,10 +981,28 @@ static void terms_of_two_operations_do_not_fold_together(void) {
         if (has[layer][MIEN_OP_ADD_KEEP_NORM])
             mien_add_keep_norm(by_hand, expected[layer][MIEN_OP_ADD_KEEP_NORM], EMBD);
         const double moved = squared_shift(row, by_hand, EMBD);
-        CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, row, 1), moved));
+        CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, row, 1, NULL).squared, moved));
         CHECK(same_bits(row, by_hand, EMBD));
         CHECK(mien_program_acts(program, MIEN_SITE_RESIDUAL, layer) == (layer != 1 && layer != 4));
     }
+    mien_program_release(program);
+}
+
+/* Terms that are not neighbours act one after another, which is the same but for rounding. */
+static void terms_that_stand_apart_act_one_after_another(void) {
+    const int32_t layer[] = {4};
+    const mien_term terms[] = {term(1, 1, layer, rows[0]), norm_kept(term(1, 1, layer, rows[1])),
+                               term(1, 1, layer, rows[2])};
+    mien_program *program = compiled(terms, 3);
+    float row[EMBD], by_hand[EMBD];
+    fill_random(row, EMBD);
+    memcpy(by_hand, row, sizeof row);
+    mien_add(by_hand, rows[0], EMBD);
+    mien_add(by_hand, rows[2], EMBD);
+    mien_add_keep_norm(by_hand, rows[1], EMBD);
+    const double moved = squared_shift(row, by_hand, EMBD);
+    CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, row, 1, NULL).squared, moved));
+    CHECK(same_bits(row, by_hand, EMBD));
     mien_program_release(program);
 }
 
@@ -506,7 +1019,7 @@ static void an_add_acts_first_whatever_the_order_of_the_terms(void) {
         enum { N = 3 };
         float data[N * EMBD] = {0};
         for (size_t r = 0; r < N; r++) data[r * EMBD + 1] = 3.0f;
-        mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data, N);
+        mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data, N, NULL);
         for (size_t r = 0; r < N; r++) { /* (0, 3), (4, 3) of length 5, (4, 7) as long as that */
             CHECK(fabs(data[r * EMBD] - 4 * 5 / sqrt(65)) < 1e-6);
             CHECK(fabs(data[r * EMBD + 1] - 7 * 5 / sqrt(65)) < 1e-6);
@@ -567,7 +1080,7 @@ static void a_zero_direction_is_no_operation(void) {
         CHECK(!mien_program_acts(program, MIEN_SITE_RESIDUAL, 2));
         float row[EMBD];
         fill(row, EMBD, -0.0f); /* adding any zero would change its sign */
-        CHECK(mien_program_apply(program, MIEN_SITE_RESIDUAL, 2, row, 1) == 0.0);
+        CHECK(mien_program_apply(program, MIEN_SITE_RESIDUAL, 2, row, 1, NULL).squared == 0.0);
         CHECK(signbit(row[0]) && signbit(row[EMBD - 1]));
         mien_program_release(program);
     }
@@ -590,16 +1103,16 @@ static void apply_changes_its_rows_and_nothing_around_them(void) {
             expected[i] += rows[0][EMBD + i % EMBD];
             moved += ((double)expected[i] - (double)data[i]) * ((double)expected[i] - (double)data[i]);
         }
-        CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data + EMBD, n), moved));
+        CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data + EMBD, n, NULL).squared, moved));
         CHECK(same_bits(data, expected, LENGTH(data)));
     }
     static const int32_t elsewhere[] = {0, 2, 5, -1, LAYERS, INT32_MAX, INT32_MIN};
     for (size_t i = 0; i < LENGTH(elsewhere); i++) {
-        CHECK(mien_program_apply(program, MIEN_SITE_RESIDUAL, elsewhere[i], data + EMBD, N) == 0.0);
+        CHECK(mien_program_apply(program, MIEN_SITE_RESIDUAL, elsewhere[i], data + EMBD, N, NULL).squared == 0.0);
         CHECK(!mien_program_acts(program, MIEN_SITE_RESIDUAL, elsewhere[i]));
     }
     for (int32_t layer = 0; layer < LAYERS; layer++) {
-        CHECK(mien_program_apply(program, (mien_site)MIEN_SITES, layer, data + EMBD, N) == 0.0);
+        CHECK(mien_program_apply(program, (mien_site)MIEN_SITES, layer, data + EMBD, N, NULL).squared == 0.0);
         CHECK(!mien_program_acts(program, (mien_site)MIEN_SITES, layer));
     }
     CHECK(same_bits(data, expected, LENGTH(data)));
@@ -618,7 +1131,7 @@ static void apply_keeps_the_norm_of_each_row_on_its_own(void) {
     memcpy(expected, data, sizeof data);
     double moved = 0;
     for (size_t r = 1; r <= N; r++) moved += mien_add_keep_norm(expected + r * EMBD, rows[0], EMBD);
-    CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data + EMBD, N), moved));
+    CHECK(about(mien_program_apply(program, MIEN_SITE_RESIDUAL, 4, data + EMBD, N, NULL).squared, moved));
     CHECK(same_bits(data, expected, LENGTH(data)));
     mien_program_release(program);
 }
@@ -633,7 +1146,7 @@ static void a_program_keeps_no_pointer_to_its_terms(void) {
     fill(values, EMBD, NAN);
     layers[0] = 0;
     terms[0].n_rows = 0;
-    mien_program_apply(program, MIEN_SITE_RESIDUAL, 3, out, 1);
+    mien_program_apply(program, MIEN_SITE_RESIDUAL, 3, out, 1, NULL);
     CHECK(same_bits(out, row, EMBD));
     mien_program_release(program);
 }
@@ -646,7 +1159,7 @@ static void no_program_does_nothing(void) {
     mien_program_release(NULL);
     CHECK(mien_program_layers(NULL, MIEN_SITE_RESIDUAL, layers) == 0 && layers[0] == -5);
     CHECK(!mien_program_acts(NULL, MIEN_SITE_RESIDUAL, 1));
-    CHECK(mien_program_apply(NULL, MIEN_SITE_RESIDUAL, 1, row, 1) == 0.0);
+    CHECK(mien_program_apply(NULL, MIEN_SITE_RESIDUAL, 1, row, 1, NULL).squared == 0.0);
     CHECK(all_are(row, EMBD, 3.0f));
 }
 
@@ -660,7 +1173,7 @@ static void *retain_apply_release(void *argument) {
     for (int i = 0; i < ROUNDS; i++) {
         float row[EMBD] = {0};
         mien_program *mine = mien_program_retain(shared);
-        mien_program_apply(mine, MIEN_SITE_RESIDUAL, 1, row, 1);
+        mien_program_apply(mine, MIEN_SITE_RESIDUAL, 1, row, 1, NULL);
         wrong += !same_bits(row, rows[0], EMBD);
         mien_program_release(mine);
     }
@@ -681,6 +1194,66 @@ static void the_last_of_many_threads_frees_the_program(void) {
     }
     mien_program_release(program);
     for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
+    CHECK(live_blocks == before);
+}
+
+/* A program that is swapped for another while threads apply whichever is the one now, each with memories of
+ * its own sequence, as a hook does. */
+typedef struct {
+    pthread_mutex_t lock;
+    mien_program *now;
+    mien_probe *probe;
+    atomic_bool done;
+} shared;
+
+static void *apply_what_is_now(void *argument) {
+    enum { N = 9 };
+    shared *all = argument;
+    long wrong = 0;
+    while (!all->done) {
+        pthread_mutex_lock(&all->lock);
+        mien_program *mine = mien_program_retain(all->now);
+        mien_probe *probe = mien_probe_retain(all->probe);
+        pthread_mutex_unlock(&all->lock);
+        mien_memory *memory = NULL;
+        wrong += mien_memory_new(&memory, mine) != MIEN_OK || mien_memory_reserve(memory, N) != MIEN_OK;
+        float data[2][N * EMBD], out[N * READOUTS];
+        mien_token tokens[N];
+        for (int32_t i = 0; i < N; i++) tokens[i] = (mien_token){i, memory};
+        for (int k = 0; k < 2; k++) { /* all at once, and one by one: a new reply each */
+            for (size_t i = 0; i < N * EMBD; i++) data[k][i] = (float)(i * 7 % 11) - 5;
+            for (size_t i = 0; i < (k ? N : 1); i++)
+                mien_program_apply(mine, MIEN_SITE_RESIDUAL, 1, data[k] + i * EMBD, k ? 1 : N, tokens + i);
+        }
+        wrong += !same_bits(data[0], data[1], N * EMBD);
+        mien_probe_read(probe, 1, data[0], N, out);
+        mien_memory_release(memory);
+        mien_program_release(mine);
+        mien_probe_release(probe);
+    }
+    CHECK(wrong == 0);
+    return NULL;
+}
+
+static void programs_are_swapped_while_others_apply_them(void) {
+    const long before = live_blocks;
+    shared all = {.now = of_every_kind(), .probe = probe_of_many(), .done = false};
+    pthread_mutex_init(&all.lock, NULL);
+    pthread_t threads[THREADS];
+    for (int i = 0; i < THREADS; i++) CHECK(!pthread_create(&threads[i], NULL, apply_what_is_now, &all));
+    for (int i = 0; i < 300; i++) {
+        mien_program *next = i % 3 ? of_every_kind() : latching();
+        pthread_mutex_lock(&all.lock);
+        mien_program *old = all.now;
+        all.now = next;
+        pthread_mutex_unlock(&all.lock);
+        mien_program_release(old); /* while it may be applied */
+    }
+    all.done = true;
+    for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
+    mien_program_release(all.now);
+    mien_probe_release(all.probe);
+    pthread_mutex_destroy(&all.lock);
     CHECK(live_blocks == before);
 }
 
@@ -705,9 +1278,22 @@ int main(void) {
     finite_is_told_at_every_position();
     huge_and_denormal_values_are_finite();
     every_refusal_has_its_status();
+    one_place_has_one_width();
+    every_refusal_of_a_gate_has_its_status();
+    a_place_has_room_for_so_many_gates();
+    a_program_knows_its_places();
+    no_operation_leaves_its_rows();
+    a_subspace_may_have_any_rank();
+    a_window_has_its_share_at_each_token();
+    a_reply_taken_back_is_decided_as_if_it_had_not_gone_further();
+    a_memory_grows_and_keeps_what_it_holds();
+    a_memory_lives_as_long_as_it_is_held();
+    a_probe_reads_every_vector_of_every_row();
+    every_refusal_of_a_probe_has_its_status();
     a_failing_allocation_is_reported_and_leaks_nothing();
     terms_fold_into_one_direction_a_layer();
     terms_of_two_operations_do_not_fold_together();
+    terms_that_stand_apart_act_one_after_another();
     an_add_acts_first_whatever_the_order_of_the_terms();
     a_direction_is_had_only_where_there_is_one();
     a_zero_direction_is_no_operation();
@@ -716,5 +1302,6 @@ int main(void) {
     a_program_keeps_no_pointer_to_its_terms();
     no_program_does_nothing();
     the_last_of_many_threads_frees_the_program();
+    programs_are_swapped_while_others_apply_them();
     return verdict();
 }

@@ -98,7 +98,7 @@ def import_(
                 "file": str(target),
                 "format": imported.format,
                 "architecture": vector.model_hint,
-                "n_embd": vector.n_embd,
+                "n_embd": vector.width,
                 "layers": list(vector.layers),
                 "notes": list(imported.notes),
                 "meta": dict(vector.meta),

@@ -35,6 +35,8 @@ def list_(model: str | None, as_json: bool) -> None:
                     "kind": entry.kind,
                     "positive": entry.positive,
                     "negative": entry.negative,
+                    "site": entry.site,
+                    "rank": entry.rank,
                     "model": pack.fingerprint.as_dict(),
                     "file": str(pack.path / entry.file),
                 }
@@ -48,7 +50,8 @@ def list_(model: str | None, as_json: bool) -> None:
             click.echo(f"  {pack.path}")
             for name, entry in pack.entries.items():
                 poles = f"{entry.positive} / {entry.negative}" if entry.negative else entry.positive
-                click.echo(f"  {name:16} {entry.kind:8} {poles}")
+                where = "" if entry.site == "residual" and entry.rank == 1 else _where(entry.site, entry.rank)
+                click.echo(f"  {name:16} {entry.kind:8} {poles}{f'  ({where})' if where else ''}")
         if not packs:
             click.echo("no packs found; `mien doctor` shows where it looked", err=True)
     for problem in registry.problems:
@@ -59,7 +62,7 @@ def list_(model: str | None, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def info(name: str, as_json: bool) -> None:
-    """Show a vector: its metadata, layers, strength and dose curve. NAME may be a file."""
+    """Show a vector: where it acts, its metadata, strength and dose curve. NAME may be a file."""
     from ..registry import load
 
     vector = load(name)
@@ -68,7 +71,9 @@ def info(name: str, as_json: bool) -> None:
             {
                 "name": vector.name,
                 "layers": list(vector.layers),
-                "n_embd": vector.n_embd,
+                "site": vector.site,
+                "rank": vector.rank,
+                "width": vector.width,
                 "norm": vector.norm(),
                 "digest": vector.digest,
                 "model": vector.fingerprint.as_dict() if vector.fingerprint else None,
@@ -80,7 +85,8 @@ def info(name: str, as_json: bool) -> None:
     meta = dict(vector.meta)
     click.echo(f"{vector.name}: {len(vector.layers)} layers, {vector.layers[0]} to {vector.layers[-1]}")
     click.echo(f"  model     {vector.fingerprint or vector.model_hint or 'not said'}")
-    strength = meta.pop("strength", None)
+    meta["site"] = _where(vector.site, vector.rank)
+    strength, bias, center = (meta.pop(key, None) for key in ("strength", "bias", "center"))
     curves: dict[str, Any] = {
         key: meta.pop(f"calibration.{key}", None) for key in ("dose", "perplexity", "repetition")
     }
@@ -89,10 +95,18 @@ def info(name: str, as_json: bool) -> None:
             click.echo(f"  {key:9} {value}")
     if isinstance(strength, list):
         click.echo("  strength  per layer, over the median norm of the stream: " + _span(strength))
+    if isinstance(bias, list):
+        click.echo("  bias      per layer, of a linear probe: " + _span(bias))
+    if isinstance(center, list):
+        click.echo("  center    per direction, the readout that counts as zero: " + _span(center))
     if all(isinstance(curve, list) for curve in curves.values()):
         click.echo("\n  dose   perplexity  repetition")
         for dose, perplexity, repetition in zip(*curves.values()):
             click.echo(f"  {dose:4.2f}   {perplexity:10.2f}  {repetition:10.2f}")
+
+
+def _where(site: str, rank: int) -> str:
+    return site if rank == 1 else f"{site}, {rank} directions a layer"
 
 
 def _span(values: list[Any]) -> str:

@@ -73,6 +73,7 @@ class HFSpeaker:
     def chat(self, messages: Sequence[Message], limits: Limits) -> Iterator[str]:
         from ..runtimes.hf_text import chat_inputs
 
+        self.steering.turn = 1 + sum(message["role"] == "assistant" for message in messages)
         yield from self._stream(chat_inputs(self._tokenizer, messages), limits)
 
     def complete(self, prompt: str, limits: Limits) -> Iterator[str]:

@@ -13,9 +13,11 @@ import click
 from ..errors import MienError
 from .options import json_option, model_option, print_json, threads_option
 from .speakers import SPEAKERS, Limits, Speaker, load_speaker
+from .watching import watch_json, watch_lines
 
 if TYPE_CHECKING:
     from ..steering import Applied, Steering
+    from ..watch import Watch
 
 generation_options = [
     click.option(
@@ -55,6 +57,14 @@ def with_generation_options(command: Any) -> Any:
 @click.option("--system", help="System prompt.")
 @click.option("--raw", is_flag=True, help="Plain completion: no chat template.")
 @click.option("--compare", is_flag=True, help="Show the plain and the steered answer side by side.")
+@click.option(
+    "--watch",
+    "-w",
+    "watched",
+    multiple=True,
+    metavar="NAME",
+    help="Show how much of a vector each token holds; can be given several times.",
+)
 @model_option
 @with_generation_options
 @json_option
@@ -64,6 +74,7 @@ def run(
     system: str | None,
     raw: bool,
     compare: bool,
+    watched: tuple[str, ...],
     model: str | None,
     runtime: str,
     max_tokens: int,
@@ -78,6 +89,7 @@ def run(
     \b
     mien run "How was your day?" --steer joy
     mien run "How was your day?" --steer "0.8*joy - 0.3*anger" --compare
+    mien run "How was your day?" --steer joy --watch joy --watch anger
     """
     if raw and system:
         raise click.UsageError("--system belongs to a chat template; it can't go with --raw")
@@ -90,9 +102,12 @@ def run(
     steering = speaker.steering
     limits = Limits(max_tokens, temperature, seed)
     program = steering.compile(steer)
+    watch = steering.watch(*watched) if watched else None
     if compare:
         steering.clear()
         plain = "".join(answer(speaker, prompt, system, raw, limits))
+        if watch:
+            watch.clear()
     steering.set(program)
     pieces = answer(speaker, prompt, system, raw, limits)
     if as_json or compare:
@@ -105,16 +120,19 @@ def run(
                 "recipe": str(steering.recipe),
                 **({"plain": plain} if compare else {}),
                 "text": text,
+                **({"watch": watch_json(watch)} if watch else {}),
                 "applied": applied_json(steering.applied),
             }
             print_json(result)
         else:
             click.echo(side_by_side([("plain", plain), (steer or "plain", text)]))
-        return
-    for piece in pieces:
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
+    else:
+        for piece in pieces:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+        click.echo()
+    if watch and not as_json:
+        click.echo("\n" + "\n".join(watch_lines(watch)))
 
 
 @click.command()
@@ -138,6 +156,7 @@ def chat(
     \b
     /steer RECIPE   steer from the next reply on; alone: show what is set
     /clear          stop steering
+    /watch NAME ... show how much of these vectors each token of a reply holds; alone: no longer
     /applied        what the last token's evaluation really did
     /reset          forget the conversation
     /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
@@ -152,6 +171,7 @@ def chat(
         import readline  # noqa: F401  # gives input() line editing
 
         click.echo(f"{steering.model.name}. /steer RECIPE changes its temper, /quit leaves.", err=True)
+    watch: Watch | None = None
     while True:
         try:
             line = input(f"[{steering.recipe}] > " if steering.recipe.terms else "> ").strip()
@@ -164,11 +184,30 @@ def chat(
             break
         if line == "/reset":
             messages = list(beginning)
+        elif line.split(" ")[0] == "/watch":
+            watch = _watch(steering, line.split()[1:], watch)
         elif line.startswith("/"):
             _command(steering, line)
         elif line:
             messages.append({"role": "user", "content": line})
+            if watch:
+                watch.clear()
             messages.append({"role": "assistant", "content": _reply(speaker, messages, limits)})
+            if watch:
+                click.echo("\n".join(watch_lines(watch)), err=True)
+
+
+def _watch(steering: Steering, names: list[str], before: Watch | None) -> Watch | None:
+    """Watch these in place of what was watched before."""
+    try:
+        if names:
+            return steering.watch(*names)
+    except MienError as error:
+        click.echo(str(error), err=True)
+        return before
+    if before:
+        before.stop()
+    return None
 
 
 def _command(steering: Steering, line: str) -> None:
@@ -181,7 +220,7 @@ def _command(steering: Steering, line: str) -> None:
         elif word == "/applied":
             click.echo(str(steering.applied), err=True)
         elif word != "/steer":
-            click.echo("/steer RECIPE, /clear, /applied, /reset, /quit", err=True)
+            click.echo("/steer RECIPE, /clear, /watch NAME ..., /applied, /reset, /quit", err=True)
             return
         click.echo(f"steering: {str(steering.recipe) or 'nothing'}", err=True)
     except MienError as error:  # a mistyped recipe does not end a conversation
@@ -214,8 +253,9 @@ def answer(speaker: Speaker, prompt: str, system: str | None, raw: bool, limits:
 
 def applied_json(applied: Applied) -> list[dict[str, Any]]:
     return [
-        {"layer": layer, "rows": done.rows, "shift": done.shift, "path": done.path}
-        for layer, done in applied.layers.items()
+        {"site": site, "layer": layer, "rows": done.rows, "shift": done.shift, "path": done.path}
+        for site, layers in applied.places.items()
+        for layer, done in layers.items()
     ]
 
 

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from ..steering import Steering
 
 
+def init_from_model(model: Any, parameters: Any, path: str = "auto") -> Any:
+    """As llama_cpp.llama_init_from_model, and `attach` takes the context; see runtimes.llama_context."""
+    from .llama_context import init_from_model
+
+    return init_from_model(model, parameters, path)
+
+
 def attach(
     model: Any,
     *,
@@ -23,7 +30,8 @@ def attach(
 ) -> Steering:
     """Prepare `model` to be steered; nothing changes until a recipe is set.
 
-    model: a llama_cpp.Llama, a transformers model (or mien's own NumPy model,
+    model: a llama_cpp.Llama, a transformers model, or of llama_cpp's low-level interface a LlamaContext or
+    a llama_context that `mien.init_from_model` has made (or mien's own NumPy model,
     `mien.runtimes.fake.NumpyModel`).
     path: "auto", "in-graph" or "post-compute"; how llama.cpp's activations are reached.
     mix_cache: let a prompt's KV cache computed under another recipe be reused (not by default). Llama.cpp
@@ -47,6 +55,14 @@ def attach(
         from .llama import LlamaRuntime
 
         return Steering(LlamaRuntime(model, path=path, mix_cache=mix_cache), registry)
+    if "llama_cpp.LlamaContext" in homes:
+        from .llama import WrapperRuntime
+
+        return Steering(WrapperRuntime(model, path=path), registry)
+    if homes & {"builtins.int", "ctypes.c_void_p"}:
+        from .llama_context import PointerRuntime
+
+        return Steering(PointerRuntime(model), registry)
     if "transformers.PreTrainedModel" in homes:
         from .hf import HFRuntime
 

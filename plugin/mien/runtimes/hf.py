@@ -1,46 +1,57 @@
 """Hugging Face transformers: attaching to a `transformers.PreTrainedModel`.
 
-A hook on each decoder layer changes the layer's output, which is where llama.cpp names it l_out-N. On the
-CPU in float32 the C engine does it in place; elsewhere, and wherever a gradient is asked for, torch does.
-Hooks go before other people's, who see the block as steered. The model is not otherwise touched.
+A hook on each decoder layer changes the layer's output, which is where llama.cpp names it l_out-N; at other
+sites hooks come and go with the programs that act there. On the CPU in float32 the C engine does it in
+place; elsewhere, and wherever a gradient is asked for, torch does. Hooks go before other people's, who see
+the block as steered. The model is not otherwise touched.
 
 In a graph of torch.compile the same torch operations are traced without a break. The recipe may change
-then as well: directions are inputs of the graph. Setting the first recipe, and one with row recipes or
-operations where there were none, compiles once more. Nothing is counted there, see `applied`.
+then as well: directions are inputs of the graph. Setting the first recipe, and one with row recipes,
+operations or sites where there were none, compiles once more. Nothing is counted there, see `applied`,
+nothing is read for a watch, and what counts the tokens of a reply is refused.
+
+What gates remember is kept for each row of the batch. Beam search moves its beams from row to row without
+a word: a beam then goes on with what the gates remember of the row that it came into.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
-from torch import Tensor, float32, nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..engine import apply_at
-from ..errors import SteeringNotApplied
+from ..errors import SiteNotFound, SteeringNotApplied
 from ..program import NOTHING
 from ..steering import Applied, LayerApplied, Programs
 from ..vector import Floats
+from ..watch import Watch
+from .hf_experts import Counts
+from .hf_graph import Graph, alone
+from .hf_hooks import Capture, Local, register
 from .hf_layers import find_layers, fingerprint_of, require_weights
-from .hf_program import Directions, Loaded, lengths, runs, steer
+from .hf_pass import Pass
+from .hf_program import Loaded
 from .hf_rows import Rows, tracker_of
+from .hf_sites import Sites
+from .hf_watch import Reader, Readings
 
-_SPLIT = 1 << 20  # floats from which on a layer's rows are shared out among torch's number of threads
 _KEPT = 16  # programs that stay placed on a device after another was swapped in
 
 
 class HFRuntime:
-    """Delivers the activations of one transformers model to programs."""
+    """Delivers the activations of one transformers model to programs.
+
+    turn: the number of the reply in a chat that evaluations are of, from 1; for terms with turn=.
+    """
 
     takes_rows = True
 
@@ -52,77 +63,190 @@ class HFRuntime:
         self.fingerprint = fingerprint_of(model, found, tokenizer)
         if "torch._dynamo" in sys.modules:  # a graph compiled before does not look for new hooks
             torch.compiler.reset()
-        self.local = _Local()
-        self._loaded = Loaded(NOTHING, self.fingerprint.n_embd)
-        self.graph = _Graph(len(found.modules), self._loaded)
+        self.local = Local()
+        self.counts: Counts | None = None
         self._model, self._layers = model, found
+        self._sites = Sites(model, found)
+        self._programs: Programs = NOTHING
+        self._turn = 1
+        self._loaded = Loaded(NOTHING)
+        self.graph = Graph(len(found.modules), self._loaded)
         self._kept: dict[tuple[int, ...], Loaded] = {}
-        self._swapping = threading.Lock()
-        self._last: _Pass | None = None
+        self._swapping = threading.RLock()
+        self._reader: Reader | None = None
+        self._last: Pass | None = None
+        self._under_way: set[Pass] = set()  # passes that act at other sites than the residual stream
         self._tracker = tracker_of(found.owner)
         self._tracker.join(self, found.owner, model)
         self._handles = [
-            module.register_forward_hook(partial(_on_layer, _Layer(self, layer)), prepend=True)
-            for layer, module in enumerate(found.modules)
+            register(self, "residual", layer, self._sites.spot("residual", layer))
+            for layer in range(len(found.modules))
         ]
+        self._elsewhere: dict[tuple[str, int], Any] = {}  # hooks at other sites, by site and layer
+
+    # ---- what is set ----
 
     def swap(self, program: Programs) -> None:
-        key = (len(program), *map(id, program)) if isinstance(program, tuple) else (0, id(program))
         with self._swapping:
-            loaded = self._kept.pop(key, None) or Loaded(program, self.fingerprint.n_embd)
-            self.graph.take(loaded)
-            self._kept[key] = loaded  # it keeps the programs alive, and so their ids
-            if len(self._kept) > _KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._loaded = loaded
+            self._load(program, self._turn)
 
-    # For the tracker: around each forward pass.
+    @property
+    def turn(self) -> int:
+        return self._turn
+
+    @turn.setter
+    def turn(self, turn: int) -> None:
+        with self._swapping:
+            self._load(self._programs, turn)
+
+    def _load(self, given: Programs, turn: int) -> None:
+        """Have what is given act, as it is in that turn. On error everything is as it was."""
+        by_row = isinstance(given, tuple)
+        every = given if isinstance(given, tuple) else (given,)
+        programs = tuple(program.at_turn(turn) for program in every)
+        key = (len(programs) if by_row else 0, *map(id, programs))
+        loaded = self._kept.get(key) or Loaded(programs if by_row else programs[0])
+        self._hook(loaded)
+        self.graph.take(loaded)
+        loaded.begin_anew()
+        self._programs, self._turn = given, turn
+        self._kept.pop(key, None)
+        self._kept[key] = loaded  # it keeps the programs alive, and so their ids
+        if len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._loaded = loaded
+        self._unhook()
+
+    def _hook(self, loaded: Loaded) -> None:
+        """Have hooks at every site where `loaded` acts, before a pass counts on them. Raises SiteNotFound."""
+        new = self._wanted(loaded).difference(self._elsewhere)
+        spots = {place: self._sites.spot(*place) for place in new}
+        for place, spot in spots.items():
+            self._elsewhere[place] = register(self, *place, spot)
+        if new:
+            self._note_hooks()
+
+    def _unhook(self) -> None:
+        """Take away the hooks that neither what is set nor a pass under way needs."""
+        wanted = self._wanted(self._loaded).union(*(run.loaded.elsewhere for run in self._under_way))
+        old = set(self._elsewhere).difference(wanted)
+        for place in old:
+            self._elsewhere.pop(place).remove()
+        if old:
+            self._note_hooks()
+
+    def _note_hooks(self) -> None:
+        self.graph.hooked = " ".join(f"{site}:{layer}" for site, layer in sorted(self._elsewhere))
+
+    def _wanted(self, loaded: Loaded) -> frozenset[tuple[str, int]]:
+        if self.counts is None:
+            return loaded.elsewhere
+        return loaded.elsewhere.union(("experts", layer) for layer in self._sites.routed)
+
+    # ---- sites ----
+
+    def width(self, site: str, layer: int) -> int:
+        return self._sites.spot(site, layer).width
+
+    @property
+    def experts_used(self) -> int:
+        return self._sites.experts_used
+
+    def count_experts(self, on: bool) -> None:
+        """Count from now on, anew, which experts are chosen for each token that is no padding; or stop.
+
+        In a compiled graph nothing is counted. Raises SiteNotFound where there are none, or their router
+        is one that mien does not know.
+        """
+        if on and not self._sites.routed:
+            raise SiteNotFound("experts", None, "the model is no mixture of experts")
+        for layer in self._sites.routed if on else ():
+            self._sites.spot("experts", layer)
+        with self._swapping:
+            self.counts = Counts() if on else None
+            self._hook(self._loaded)
+            self._unhook()
+
+    def expert_counts(self) -> dict[int, npt.NDArray[np.int64]]:
+        """How often each expert was chosen, by layer (experts,); empty where nothing is counted."""
+        return self.counts.read() if self.counts is not None else {}
+
+    # ---- for the tracker: around each forward pass ----
 
     def begin(self, rows: Rows) -> None:
         if is_compiling():
             self.graph.rows, self._last = rows, None
+            return
+        loaded = self._loaded
+        if loaded.elsewhere:
+            with self._swapping:  # its hooks stay until the pass ends
+                run = Pass(self._loaded, rows, self.fingerprint.n_embd)
+                self._under_way.add(run)
         else:
-            self.local.run = _Pass(self._loaded, rows, self.local.capture)
+            run = Pass(loaded, rows, self.fingerprint.n_embd)
+        if self._reader is not None:
+            run.watch(Readings(self._reader, rows))
+        run.observed = self._reader is not None or self.local.capture is not None
+        self.local.run = run
 
     def end(self, finished: bool) -> None:
         if is_compiling():
             self.graph.rows = None
             return
         run, self.local.run = self.local.run, None
-        if run is None or not finished:
+        if run is None:
             return
-        self._last = run
-        if len(run.moved) == len(run.acting) or self._model.training:  # training may skip layers on purpose
+        if run.loaded.elsewhere:
+            with self._swapping:
+                self._under_way.discard(run)
+                if run.loaded is not self._loaded:
+                    self._unhook()
+        if finished:
+            self._last = run
+            self._require_all(run)
+            if run.readings is not None:
+                run.readings.deliver()
+
+    def _require_all(self, run: Pass) -> None:
+        """Raise SteeringNotApplied where layers did not come by."""
+        missing = run.missing()
+        if not missing or self._model.training:  # training may skip layers on purpose
             return
-        missing = sorted(set(run.acting) - set(run.moved))
+        said = [
+            f"layers {layers}" + ("" if site == "residual" else f" at {site}")
+            for site, layers in missing.items()
+        ]
         raise SteeringNotApplied(
-            f"layers {missing} were not run, or their modules were replaced after attaching: detach, and "
+            f"{' and '.join(said)} were not run, or their modules were replaced after attaching: detach, and "
             "attach again",
-            missing,
+            sorted({layer for layers in missing.values() for layer in layers}),
         )
 
-    def bare(self, h: Tensor) -> _Pass:
-        """For a layer called on its own. A backward pass does so to go through the last pass again."""
-        last = self._last
-        if last is not None and last.shape == h.shape and torch._C._current_graph_task_id() != -1:
+    def bare(self, h: Tensor) -> Pass:
+        """For a module called on its own. A backward pass does so to go through the last pass again."""
+        last, backward = self._last, torch._C._current_graph_task_id() != -1
+        if backward and last is not None and h.shape[:-1] in (last.shape[:2], (last.count,)):
             return last
-        batch, tokens = h.shape[:2]
-        return _Pass(self._loaded, Rows(batch, tokens, tokens if tokens > 1 else 0))
+        return Pass(self._loaded, alone(h), self.fingerprint.n_embd)
+
+    # ---- for the user ----
+
+    def watch(self, watch: Watch | None) -> None:
+        self._reader = Reader(watch) if watch is not None else None
 
     def applied(self) -> Applied:
         if self._last is not None:
             return self._last.applied()
-        nan = math.nan
-        return Applied(
-            self._loaded.recipes,
-            {layer: LayerApplied(0, nan, "compiled, not counted") for layer in self.graph.layers},
-        )
+        applied = Applied(self._loaded.recipes, {})
+        for site, layer in self.graph.places:
+            applied.note(site, layer, LayerApplied(0, math.nan, "compiled, not counted"))
+        return applied
 
     def capture(self, tokens: Sequence[int], layers: Sequence[int], last: int) -> Floats:
         weight = self._model.get_input_embeddings().weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         found: dict[int, Floats] = {}
-        self.local.capture = _Capture(found, frozenset(layers), last)
+        self.local.capture = Capture(found, frozenset(layers), last)
         try:
             with torch.no_grad():
                 self._layers.owner(input_ids=torch.tensor([list(tokens)], device=device), use_cache=False)
@@ -142,260 +266,7 @@ class HFRuntime:
         }
 
     def release(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._elsewhere.values()):
             handle.remove()
+        self._elsewhere.clear()
         self._tracker.leave(self, self._layers.owner, self._model)
-
-
-class _Local(threading.local):
-    """A thread's own: two threads may run one model."""
-
-    run: _Pass | None = None
-    capture: _Capture | None = None
-
-
-class _Capture(NamedTuple):
-    """The last `last` rows of each of `layers`, put into `found`."""
-
-    found: dict[int, Floats]
-    layers: frozenset[int]
-    last: int
-
-
-class _Pass:
-    """One forward pass: what acts on which rows, and what was done.
-
-    runs: (engine's program, first row, how many) for the rows as (batch * tokens, n_embd); whole: the
-    one program that acts on all of them. fast: whether the engine may be asked at all. moved: by layer; on
-    the engine's path the sum of the squared lengths that rows moved by, on torch's (the directions, the
-    length that each row moved by where norms were kept).
-    """
-
-    __slots__ = (
-        "_numbers",
-        "acting",
-        "capture",
-        "count",
-        "fast",
-        "large",
-        "loaded",
-        "moved",
-        "no_grad",
-        "rows",
-        "runs",
-        "shape",
-        "whole",
-    )
-
-    def __init__(self, loaded: Loaded, rows: Rows, capture: _Capture | None = None) -> None:
-        if rows.real is not None and rows.real.device.type == "cpu" and bool(rows.real.all()):
-            rows = rows._replace(real=None)
-        self.loaded, self.rows, self.capture = loaded, rows, capture
-        self.shape = (rows.batch, rows.tokens, loaded.n_embd)
-        self.count = rows.batch * rows.tokens
-        device = torch.device("cpu") if rows.real is None else rows.real.device
-        self._numbers = loaded.numbers(rows, device)
-        nothing = isinstance(self._numbers, int) and not self._numbers
-        self.acting: frozenset[int] = frozenset() if nothing else loaded.acting
-        self.fast = device.type == "cpu"  # else it is not known here which rows are real
-        self.runs = runs(self._numbers, rows, loaded.parts) if self.acting and self.fast else []
-        only = self.runs[0] if len(self.runs) == 1 else None
-        self.large = self.count * loaded.n_embd >= _SPLIT
-        whole = only is not None and only[2] == self.count and not self.large
-        self.whole = self.runs[0][0].handle if whole else None
-        self.no_grad = not torch.is_grad_enabled()
-        self.moved: dict[int, float | tuple[Directions, Tensor | None]] = {}
-
-    def apply(self, layer: int, address: int) -> float:
-        """The engine on each stretch of rows at `address`."""
-        row = 4 * self.loaded.n_embd
-        threads = torch.get_num_threads() if self.large else 1
-        share = -(-self.count // threads)
-        pieces = [
-            (program.handle, layer, address + start * row, min(share, first + count - start))
-            for program, first, count in self.runs
-            for start in range(first, first + count, share)
-        ]
-        if threads == 1:
-            return float(sum(apply_at(*piece) for piece in pieces))
-        return float(sum(_pool(threads).map(lambda piece: apply_at(*piece), pieces)))
-
-    def keep(self, layer: int, output: Any) -> None:
-        """Copy the output's last rows where they are asked for."""
-        assert self.capture is not None
-        if layer in self.capture.layers:
-            h = output[0] if type(output) is tuple else output
-            rows = h[0, -self.capture.last :].to("cpu", torch.float32, copy=True)
-            self.capture.found[layer] = rows.numpy()
-
-    def numbers(self, device: torch.device) -> int | Tensor:
-        if isinstance(self._numbers, Tensor) and self._numbers.device != device:
-            self._numbers = self._numbers.to(device)
-        return self._numbers
-
-    def applied(self) -> Applied:
-        layers = {}
-        for layer, moved in sorted(self.moved.items()):
-            if isinstance(moved, float):
-                count = sum(n for program, _, n in self.runs if layer in program.layers)
-                squares, path = moved, "engine"
-            else:
-                count, squares = self._measured(*moved)
-                path = "torch"
-            if count:
-                layers[layer] = LayerApplied(count, math.sqrt(squares / count), path)
-        return Applied(self.loaded.recipes, layers)
-
-    def _measured(self, directions: Directions, moved: Tensor | None) -> tuple[int, float]:
-        """(rows steered, sum of their squared shifts) on torch's path; waits for the device."""
-        length = torch.stack(lengths(directions)).sum(dim=0)
-        numbers = torch.as_tensor(self.numbers(length.device), device=length.device)
-        of_rows = length[numbers.expand(self.rows.batch, self.rows.tokens)]
-        shift = of_rows if moved is None else moved
-        return int((of_rows > 0).sum()), float((shift.double() ** 2).sum())
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for the engine, which works without Python's lock."""
-    return ThreadPoolExecutor(threads, "mien")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool and no threads
-
-
-class _Graph:
-    """What graphs of torch.compile read: nothing else of a runtime may be looked at while one is traced.
-
-    tables: by layer, what it adds; None where nothing does. rows: of the pass that is being traced.
-    """
-
-    def __init__(self, n_layer: int, loaded: Loaded) -> None:
-        self.tables: list[Directions | None] = [None] * n_layer
-        self.rows: Rows | None = None
-        self.loaded = loaded
-        self._kind: tuple[torch.device, torch.dtype] | None = None
-
-    @property
-    def layers(self) -> list[int]:
-        return [layer for layer, table in enumerate(self.tables) if table is not None]
-
-    def take(self, loaded: Loaded) -> None:
-        self.loaded = loaded
-        if self._kind is not None:
-            self._fill(*self._kind)
-
-    def use(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """While tracing: have the tables at hand, from now on. True, for Dynamo to hold constant."""
-        if self._kind != (device, dtype):
-            self._kind = device, dtype
-            self._fill(device, dtype)
-        return True
-
-    def _fill(self, device: torch.device, dtype: torch.dtype) -> None:
-        for layer in range(len(self.tables)):
-            acts = layer in self.loaded.place
-            self.tables[layer] = self.loaded.directions(layer, device, dtype) if acts else None
-
-
-class _Layer:
-    """What the hook of one layer needs. Without a runtime, which is how it is copied and pickled with a
-    model, the hook does nothing: a copy of the model is of the plain one.
-    """
-
-    __slots__ = ("local", "number", "runtime")
-
-    def __init__(self, runtime: HFRuntime | None = None, number: int = 0) -> None:
-        self.runtime, self.number = runtime, number
-        self.local = runtime.local if runtime is not None else _Local()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
-        return _Layer()
-
-    def __reduce__(self) -> Any:
-        return _Layer, ()
-
-
-def _on_layer(layer: _Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The hook, with functools.partial for its first argument.
-
-    It runs once a layer and token, when the layer's weights have driven everything else out of the
-    caches: every attribute that is looked at costs, so the common case is short and comes first.
-    """
-    run = layer.local.run
-    if run is None:
-        return _outside(layer, output)
-    number = layer.number
-    h = output[0] if type(output) is tuple else output
-    if number in run.acting:
-        if (
-            run.fast
-            and h.dtype is float32
-            and h.shape == run.shape
-            and h.is_cpu
-            and h.is_contiguous()
-            and (run.no_grad or not h.requires_grad)
-            and not (args and args[0] is h)
-        ):
-            whole = run.whole
-            if whole is not None:
-                run.moved[number] = apply_at(whole, number, h.data_ptr(), run.count)
-            else:
-                run.moved[number] = run.apply(number, h.data_ptr())
-        else:
-            output = _by_torch(run, number, args, output)
-    if run.capture is not None:
-        run.keep(number, output)
-    return output
-
-
-def _outside(layer: _Layer, output: Any) -> Any:
-    """For a layer in a graph that is being compiled, and for one that is called on its own."""
-    runtime = layer.runtime
-    if runtime is None:
-        return output
-    h = output[0] if type(output) is tuple else output
-    if is_compiling():
-        steered = _traced(runtime.graph, layer.number, h)
-        return output if steered is None else _replaced(output, steered)
-    run = runtime.bare(h)
-    return _by_torch(run, layer.number, (h,), output) if layer.number in run.acting else output
-
-
-def _by_torch(run: _Pass, number: int, args: tuple[Any, ...], output: Any) -> Any:
-    """Where the engine can't: on a device, in another dtype, under autograd."""
-    h = output[0] if type(output) is tuple else output
-    if h.shape != run.shape or not h.is_floating_point():
-        raise SteeringNotApplied(
-            f"layer {number}: expected activations {run.shape} in floating point, got {tuple(h.shape)} "
-            f"{h.dtype}",
-            [number],
-        )
-    own = not (h.requires_grad or (args and args[0] is h))  # nobody else's: change it in place
-    directions = run.loaded.directions(number, h.device, h.dtype)
-    steered, moved = steer(h, directions, run.numbers(h.device), own)
-    run.moved[number] = directions, moved
-    return output if steered is h else _replaced(output, steered)
-
-
-def _traced(graph: _Graph, layer: int, h: Tensor) -> Tensor | None:
-    """The steered activations, as operations that torch.compile can follow; None for nothing."""
-    _use(graph, h.device, h.dtype)
-    directions = graph.tables[layer]
-    if directions is None:
-        return None
-    rows = graph.rows or Rows(h.shape[0], h.shape[1], h.shape[1] if h.shape[1] > 1 else 0)
-    return steer(h, directions, graph.loaded.numbers(rows, h.device), False)[0]
-
-
-def _use(graph: _Graph, device: torch.device, dtype: torch.dtype) -> bool:
-    return graph.use(device, dtype)
-
-
-# What torch.compiler.assume_constant_result does; that would import Dynamo, most of a second.
-_use._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _replaced(output: Any, h: Tensor) -> Any:
-    return (h, *output[1:]) if type(output) is tuple else h

@@ -5,7 +5,8 @@ one model share it, and are told of each forward pass before its first layer run
 
 What it goes by: inside of `generate`, the tokens that were passed in are the prompt and all that follow
 are the response. In somebody's own loop, a pass over several tokens or from an empty cache is prompt,
-and one more token is response. Padding is what the attention mask leaves out.
+and one more token is response; each prompt begins a new reply of its cache. Padding is what the attention
+mask leaves out. The tokens of a reply are counted from 0, alike in all rows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import RuntimeNotSupported
 
 
 class Rows(NamedTuple):
@@ -27,7 +31,9 @@ class Rows(NamedTuple):
 
     given: how many of the first tokens are prompt; the others are response. real: bool (batch, tokens),
     false for padding, on the mask's device; None where there is none. fold: how many neighbouring
-    sequences came from one that the user passed in (beams and samples).
+    sequences came from one that the user passed in (beams and samples). reply: the number in the reply
+    of the first token that is response; None where it can't be told. kept: what listeners remember of
+    this reply, by their own keys; a new dict for each.
     """
 
     batch: int
@@ -35,6 +41,32 @@ class Rows(NamedTuple):
     given: int
     real: Tensor | None = None
     fold: int = 1
+    reply: int | None = None
+    kept: dict[Any, Any] | None = None
+
+    @property
+    def made(self) -> int:
+        """How many of the tokens are response."""
+        return self.tokens - self.given
+
+    @property
+    def replies(self) -> range:
+        """The numbers of the response tokens in their reply.
+
+        Raises RuntimeNotSupported where there are some and it is not known which.
+        """
+        if self.made and self.reply is None:
+            raise RuntimeNotSupported(
+                "which token of its reply this is can't be told: pass the same transformers cache with "
+                "every token, or use generate(); a layer that is called on its own has no reply"
+            )
+        first = self.reply or 0
+        return range(first, first + self.made)
+
+    @property
+    def numbered(self) -> list[int]:
+        """The number of each token of a sequence in its reply; -1 for the prompt's."""
+        return [-1] * self.given + list(self.replies)
 
 
 class Listener(Protocol):
@@ -53,6 +85,17 @@ class _Generation:
     batch: int
     mask: Tensor | None
     seen: int | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Reply:
+    """Of one cache in somebody's own loop. began: the tokens that it held then, None where only a device
+    knows; made: tokens of the reply so far."""
+
+    began: int | None
+    made: int = 0
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 class _Generate:
@@ -100,6 +143,7 @@ class Tracker:
     def __init__(self) -> None:
         self.local = _Local()
         self.listeners: list[Listener] = []
+        self._replies: WeakKeyDictionary[Any, _Reply] = WeakKeyDictionary()
         self._handles: list[Any] = []
         self._order: tuple[str, ...] = ()
 
@@ -156,18 +200,36 @@ class Tracker:
         length = _length(cache)
         generation = self.local.generation
         if generation is None:
-            given = tokens if tokens > 1 or length == 0 else 0
-            return Rows(batch, tokens, given, _real(mask, length, tokens))
+            rows = self._in_a_loop(batch, tokens, cache, length)
+            return rows._replace(real=_real(mask, length, tokens))
         if length is None:  # on a device: count instead of waiting for it
             length = generation.seen if generation.seen is not None else int(cache.get_seq_length())  # type: ignore[union-attr]
         generation.seen = length + tokens
         fold = max(batch // max(generation.batch, 1), 1)
         given = min(max(generation.given - length, 0), tokens)
+        number = 0 if given else length - generation.given
+        rows = Rows(batch, tokens, given, None, fold, number, generation.kept)
         if not given:  # `generate` pads prompts only
-            return Rows(batch, tokens, 0, None, fold)
+            return rows
         if not (isinstance(mask, Tensor) and mask.dim() == 2) and generation.mask is not None:
             mask = generation.mask.repeat_interleave(fold, 0)
-        return Rows(batch, tokens, given, _real(mask, length, tokens), fold)
+        return rows._replace(real=_real(mask, length, tokens))
+
+    def _in_a_loop(self, batch: int, tokens: int, cache: Any, length: int | None) -> Rows:
+        """Outside of `generate`; the cache tells which reply it is."""
+        given = tokens if tokens > 1 or length == 0 else 0
+        rows = Rows(batch, tokens, given)
+        if cache is None or isinstance(cache, (tuple, list)):  # nothing that lasts from token to token
+            return rows
+        if given or cache not in self._replies:
+            self._replies[cache] = _Reply(None if length is None else length + given)
+        if given:
+            return rows
+        reply = self._replies[cache]
+        counted = length is None or reply.began is None
+        number = reply.made if counted else max(length - reply.began, 0)  # type: ignore[operator]  # as counted
+        reply.made = number + tokens
+        return rows._replace(reply=number, kept=reply.kept)
 
 
 def _length(cache: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: attaching to a `llama_cpp.Llama`.
+"""llama.cpp through llama-cpp-python: attaching to a `llama_cpp.Llama`, or to its `LlamaContext`.
 
 llama.cpp takes its evaluation callback only when a context is made, so attaching makes a new one in
 the place of the old, with the same parameters, state, LoRA and threads. The Llama and LlamaContext
@@ -14,17 +14,22 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-import llama_cpp
 import llama_cpp.llama_cpp as api
-import numpy as np
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from .. import engine
-from ..errors import RuntimeNotSupported, SteeringNotApplied
-from ..fingerprint import Fingerprint, vocabulary_digest
-from ..program import NOTHING, Key, Part, Program
-from ..steering import Applied, LayerApplied, Programs
+from ..errors import RuntimeNotSupported
+from ..program import NOTHING, Key, Program
 from ..vector import Floats
+from .llama_context import (
+    ContextRuntime,
+    fingerprint_of,
+    new_hook,
+    require_no_callback,
+    set_batching,
+    with_callback,
+)
+from .llama_sites import address_of, locate_sites
 
 # What each position of the KV cache was computed under; None where that is not known.
 Tags: TypeAlias = "list[Key | None]"
@@ -32,83 +37,127 @@ Tags: TypeAlias = "list[Key | None]"
 
 def probe_path() -> tuple[str, str]:
     """(path, why) that an attachment would get from the installed llama.cpp; loads no model."""
-    hook = engine.Hook([_address(name) for name in engine.symbols()], n_layer=2, n_embd=64)
+    hook = engine.Hook([address_of(name) for name in engine.symbols()], n_layer=2, n_embd=64)
     return hook.path, hook.reason
 
 
-class LlamaRuntime:
+class WrapperRuntime(ContextRuntime):
+    """Of a `LlamaContext`, whose llama_context is replaced by one with the hook."""
+
+    def __init__(self, wrapper: Any, *, path: str = "auto", lora: tuple[Any, float] | None = None) -> None:
+        if isinstance(wrapper, _SteeredContext):
+            raise RuntimeNotSupported(
+                "this model is attached already; use that Steering, or detach() it first"
+            )
+        if wrapper.ctx is None:
+            raise RuntimeNotSupported("this model is closed; load it again")
+        require_no_callback(wrapper.params)
+        fingerprint = fingerprint_of(wrapper.model.model)
+        hook = new_hook(fingerprint, path)
+        self._wrapper, self._lora, self._plain = wrapper, lora, wrapper.params
+        parameters = with_callback(wrapper.params, hook)
+        new = _new_context(wrapper, parameters)
+        try:
+            n_sequences = set_batching(hook, new, parameters)
+            sites = locate_sites(hook, new, fingerprint.n_layer)
+            _carry_over(wrapper.ctx, new, lora)
+        except BaseException:
+            api.llama_free(new)
+            raise
+        _put_in(wrapper, new, parameters)
+        super().__init__(fingerprint, hook, sites, n_sequences)
+        wrapper._mien = self  # the model keeps the runtime alive, and with it the hook that its context calls
+        wrapper.__class__ = _subclass(_SteeredContext, type(wrapper))
+
+    @property
+    def context(self) -> Any:
+        return self._wrapper.ctx
+
+    def release(self) -> None:
+        wrapper = self._wrapper
+        if wrapper.ctx is not None:
+            new = _new_context(wrapper, self._plain)
+            try:
+                _carry_over(wrapper.ctx, new, self._lora)
+            except BaseException:
+                api.llama_free(new)
+                raise
+            _put_in(wrapper, new, self._plain)
+        wrapper.__class__ = wrapper.__class__.__bases__[1]
+        del wrapper._mien
+
+    def forget(self, position: int = 0) -> None:
+        """The context's cache changed from `position` on."""
+
+
+class LlamaRuntime(WrapperRuntime):
     """Delivers the activations of one `llama_cpp.Llama` to programs."""
 
-    takes_rows = False
-
     def __init__(self, llm: Any, *, path: str = "auto", mix_cache: bool = False) -> None:
-        _require_attachable(llm)
-        self.fingerprint = fingerprint_of(llm)
+        if isinstance(llm, _SteeredLlama):
+            raise RuntimeNotSupported(
+                "this model is attached already; use that Steering, or detach() it first"
+            )
+        if getattr(llm, "_ctx", None) is None:
+            raise RuntimeNotSupported("this model is closed; load it again")
         self.mix_cache = mix_cache
-        self.program = NOTHING
         self.tags: Tags = [()] * llm.n_tokens
         # While `generate`, `eval` or `capture` runs: where what the model was given ends. Positions from
         # there on are its own.
         self.prompt_end: int | None = None
+        self._told = False
         self._llm = llm
-        self._last = NOTHING, NOTHING.prompt
-        addresses = [_address(name) for name in engine.symbols()]
-        self.hook = engine.Hook(addresses, self.fingerprint.n_layer, self.fingerprint.n_embd, path)
-
-        parameters = _copy(llm.context_params)
-        parameters.cb_eval = ctypes.cast(self.hook.callback, type(parameters.cb_eval))
-        parameters.cb_eval_user_data = self.hook.user_data
-        _replace_context(llm, parameters)
-        # The model keeps the runtime alive, and with it the hook that its context calls.
-        llm._ctx._mien = llm._mien = self
-        llm._ctx.__class__ = _subclass(_SteeredContext, type(llm._ctx))
+        wrapper, parameters = llm._ctx, llm.context_params
+        wrapper.params = parameters
+        lora = None if llm._lora_adapter is None else (llm._lora_adapter, llm.lora_scale)
+        super().__init__(wrapper, path=path, lora=lora)
+        llm._requires_eval = bool(llm.n_tokens)  # the new context holds no logits
+        llm._mien = self
         llm.__class__ = _subclass(_SteeredLlama, type(llm))
 
-    def swap(self, program: Programs) -> None:
-        assert isinstance(program, Program)
-        if self._llm._ctx.ctx is None:
-            raise RuntimeNotSupported("this model is closed")
-        self.hook.swap(program.response.compiled)
-        self.program = program
+    @property
+    def program(self) -> Program:
+        """What acts on sequence 0, the only one that a Llama uses."""
+        return self.programs[0]
 
-    def begin(self, batch: Any) -> tuple[Program, Part, int]:
-        """Before a llama_decode of the raw `batch`: pin the part of this moment's program that acts on it.
-
-        Returns both, and the batch's first position, -1 where its positions are not in order. Runs once
-        a token, when everything has left the caches: short on purpose, as is `finish`.
-        """
-        program, positions, count = self.program, batch.pos, batch.n_tokens
-        first: int = positions[0]
-        if self.prompt_end is not None:
-            part = program.prompt if first < self.prompt_end else program.response
-        else:  # somebody's own loop: many tokens, or the first, are given; one more is the model's own
-            part = program.prompt if count > 1 or first == 0 else program.response
-        if count > 1 and positions[count - 1] - first != count - 1:
-            first = -1
+    def begin(self, raw: Any) -> None:
+        if self.prompt_end is not None or self._told:
+            self._told = self.prompt_end is not None
+            self.tell_reply(self.prompt_end, 0)
+        first = self._first(raw)
         del self.tags[max(first, 0) :]  # not known until it has succeeded
-        self.hook.begin(part.compiled)
-        return program, part, first
+        super().begin(raw)
 
-    def finish(self, program: Program, part: Part, first: int, count: int, status: int) -> None:
-        """After it has succeeded: tag the KV cache. Raises SteeringNotApplied."""
-        self._last = program, part
-        if status:
-            self._raise(part, status)
-        if first == len(self.tags):
-            self.tags.extend([part.key] * count)
-        elif first >= 0:
-            self.tags += [None] * (first - len(self.tags)) + [part.key] * count
+    def finish(self, raw: Any, done: int) -> None:
+        super().finish(raw, done)
+        first, count = self._first(raw), raw.n_tokens
+        if first >= 0:
+            tags, program = self.tags, self.program
+            tags += [None] * (first - len(tags))
+            given = min(max(self.hook.reply(0) - first, 0), count)
+            tags += [program.prompt.key] * given
+            tags += [program.response.key] * (count - given)
 
-    def _raise(self, part: Part, status: int) -> None:
-        try:
-            engine.check(status)
-        except SteeringNotApplied as error:
-            missing = [layer for layer in part.layers if not self.hook.applied(layer)[3]]
-            raise SteeringNotApplied(
-                f"{error}: {missing or list(part.layers)}. This build of llama.cpp does not name the "
-                f"block outputs of {self.fingerprint.architecture} models as expected (l_out-N)",
-                missing,
-            ) from None
+    def shift(self, by: int, sequence: int) -> None:
+        super().shift(by, sequence)
+        if self.prompt_end is not None:
+            self.prompt_end += by
+
+    @staticmethod
+    def _first(raw: Any) -> int:
+        """The batch's first position, -1 where its positions are not in order."""
+        count: int = raw.n_tokens
+        first: int = raw.pos[0]
+        return -1 if count > 1 and raw.pos[count - 1] - first != count - 1 else first
+
+    def forget(self, position: int = 0) -> None:
+        del self.tags[position:]
+
+    def loaded(self, tags: Tags, reply: int) -> None:
+        """Another state is in the context: its tags, and where its reply began. Gates begin anew."""
+        self.tags[:] = tags
+        self.hook.place(0, reply, len(tags))
+        self.hook.begin_anew(0)
 
     def drop_other_recipes(self) -> None:
         """Shorten what the Llama believes to be cached to what this recipe computes of a prompt."""
@@ -122,97 +171,63 @@ class LlamaRuntime:
             llm.n_tokens = valid
             llm._requires_eval = True
 
-    def applied(self) -> Applied:
-        layers = {}
-        program, part = self._last
-        for layer in part.layers:
-            rows, moved, path, _ = self.hook.applied(layer)
-            layers[layer] = LayerApplied(rows, float(np.sqrt(moved / rows)) if rows else 0.0, path)
-        return Applied(program.recipe, layers)
-
     def capture(self, tokens: Sequence[int], layers: Sequence[int], last: int) -> Floats:
-        llm, tokens = self._llm, list(tokens)
-        if len(tokens) > llm.n_ctx():
-            raise ValueError(f"expected at most {llm.n_ctx()} tokens, got {len(tokens)}")
-        result = np.empty((len(layers), last, self.fingerprint.n_embd), dtype=np.float32)
-        start = len(tokens) - last
+        llm = self._llm
         llm.reset()
-        llm._ctx.kv_cache_clear()
         self.prompt_end = len(tokens)
         try:
-            for offset in range(0, len(tokens), llm.n_batch):
-                chunk = tokens[offset : offset + llm.n_batch]
-                llm._batch.set_batch(batch=chunk, n_past=offset, logits_all=last > 1)
-                wanted = max(start - offset, 0)
-                if wanted < len(chunk):
-                    flags = ctypes.addressof(llm._batch.batch.logits.contents)
-                    rows = self.hook.capture(layers, wanted, len(chunk) - wanted, flags)
-                llm._ctx.decode(llm._batch)
-                self.hook.stop_capture()
-                if wanted < len(chunk):
-                    to = offset + wanted - start
-                    result[:, to : to + rows.shape[1]] = rows
+            return super().capture(tokens, layers, last)
         finally:
             self.prompt_end = None
-            self.hook.stop_capture()
+            self.tags.clear()
             llm.reset()
-        return result
-
-    def describe(self) -> dict[str, str]:
-        return {
-            "runtime": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})",
-            "path": self.hook.path,
-            "why": self.hook.reason,
-        }
 
     def release(self) -> None:
         llm = self._llm
+        super().release()
         if llm._ctx.ctx is not None:
-            _replace_context(llm, llm.context_params)
             # What is cached was computed under recipes that the plain model knows nothing of.
-            self.program = NOTHING
-            self.mix_cache = False
+            self.set, self.programs, self.mix_cache = NOTHING, (NOTHING,), False
             self.drop_other_recipes()
+            llm._requires_eval = True
         llm.__class__ = llm.__class__.__bases__[1]
-        llm._ctx.__class__ = llm._ctx.__class__.__bases__[1]
-        del llm._mien, llm._ctx._mien
+        del llm._mien
 
 
 class _SteeredContext:
-    """Over llama_cpp's LlamaContext: pins a program for each decode and keeps the tags in step."""
+    """Over llama_cpp's LlamaContext: pins what acts for each decode, and says what becomes of the cache."""
 
-    _mien: LlamaRuntime
+    _mien: WrapperRuntime
 
     def decode(self, batch: Any) -> None:
-        runtime, raw = self._mien, batch.batch
-        program, part, first = runtime.begin(raw)
-        try:
-            super().decode(batch)  # type: ignore[misc]  # of LlamaContext, the other base
-        finally:
-            status = runtime.hook.end()
-        runtime.finish(program, part, first, raw.n_tokens, status)
+        if status := self._mien.decode(batch):
+            raise RuntimeError(f"llama_decode returned {status}")
 
     def kv_cache_clear(self) -> None:
         super().kv_cache_clear()  # type: ignore[misc]
-        self._mien.tags.clear()
+        self._mien.forget()
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         removed: bool = super().kv_cache_seq_rm(seq_id, p0, p1)  # type: ignore[misc]
         if removed:
-            del self._mien.tags[max(p0, 0) :]
+            self._mien.forget(max(p0, 0))
         return removed
 
     def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
         super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)  # type: ignore[misc]
-        self._mien.tags.clear()
+        self._mien.forget()
 
     def kv_cache_seq_keep(self, seq_id: int) -> None:
         super().kv_cache_seq_keep(seq_id)  # type: ignore[misc]
-        self._mien.tags.clear()
+        self._mien.forget()
 
     def kv_cache_seq_shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
         super().kv_cache_seq_shift(seq_id, p0, p1, shift)  # type: ignore[misc]
-        self._mien.tags.clear()
+        self._mien.forget()
+        sequence = max(seq_id, 0)
+        end = self._mien.hook.next(sequence)
+        if p0 < end and (p1 < 0 or end <= p1):  # its last tokens are among those that moved
+            self._mien.shift(shift, sequence)
 
 
 class _SteeredLlama:
@@ -253,16 +268,22 @@ class _SteeredLlama:
         finally:
             runtime.prompt_end = None
 
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        self._mien.turn = 1 + sum(message.get("role") == "assistant" for message in messages)
+        return super().create_chat_completion(messages, *args, **kwargs)  # type: ignore[misc]
+
     def save_state(self) -> Any:
         state = super().save_state()  # type: ignore[misc]
         known = self._mien.tags[: state.n_tokens]
         state.mien_tags = [*known, *[None] * (state.n_tokens - len(known))]
+        state.mien_reply = self._mien.hook.reply(0)
         return state
 
     def load_state(self, state: Any) -> None:
         super().load_state(state)  # type: ignore[misc]
-        # A state without tags comes from a model that was not attached.
-        self._mien.tags[:] = getattr(state, "mien_tags", [()] * state.n_tokens)
+        # A state without them comes from a model that was not attached: all of it counts as given.
+        tags = getattr(state, "mien_tags", [()] * state.n_tokens)
+        self._mien.loaded(tags, getattr(state, "mien_reply", state.n_tokens))
 
     @property
     def cache(self) -> Any:
@@ -312,40 +333,6 @@ class _CacheOfRecipe(BaseLlamaCache):
             self.inner[self._key(tokens)] = state
 
 
-def _require_attachable(llm: Any) -> None:
-    if isinstance(llm, _SteeredLlama):
-        raise RuntimeNotSupported("this model is attached already; use that Steering, or detach() it first")
-    if getattr(llm, "_ctx", None) is None or llm._ctx.ctx is None:
-        raise RuntimeNotSupported("this model is closed; load it again")
-    if ctypes.cast(llm.context_params.cb_eval, ctypes.c_void_p).value:
-        raise RuntimeNotSupported(
-            "this model's context has an evaluation callback (cb_eval) of somebody else's, and llama.cpp "
-            "takes only one"
-        )
-
-
-def fingerprint_of(llm: Any) -> Fingerprint:
-    """What of a loaded `Llama` must agree with a vector."""
-    model, metadata = llm._model.model, llm.metadata
-    vocabulary = api.llama_model_get_vocab(model)
-    texts = (api.llama_vocab_get_text(vocabulary, i) for i in range(api.llama_vocab_n_tokens(vocabulary)))
-    return Fingerprint(
-        architecture=metadata.get("general.architecture", "unknown"),
-        n_layer=api.llama_model_n_layer(model),
-        n_embd=api.llama_model_n_embd(model),
-        vocabulary=vocabulary_digest(texts),
-        name=metadata.get("general.basename") or metadata.get("general.name", ""),
-    )
-
-
-def _address(name: str) -> int:
-    """Of a function in the library that llama_cpp has loaded, 0 where it has none of that name."""
-    try:
-        return ctypes.cast(getattr(api._lib, name), ctypes.c_void_p).value or 0
-    except AttributeError:
-        return 0
-
-
 def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
@@ -354,35 +341,34 @@ def _subclass(mixin: type, base: type) -> type:
     return type(f"Steered{base.__name__}", (mixin, base), {"__module__": mixin.__module__})
 
 
-def _copy(parameters: Any) -> Any:
-    return type(parameters).from_buffer_copy(parameters)
-
-
-def _replace_context(llm: Any, parameters: Any) -> None:
-    """Give `llm` a context made with `parameters`, in the state of the one that it has.
-
-    Raises RuntimeNotSupported where it can't be had; the old context is then still in place.
-    """
-    wrapper, model = llm._ctx, llm._model.model
-    old = wrapper.ctx
-    new = api.llama_init_from_model(model, parameters)
+def _new_context(wrapper: Any, parameters: Any) -> Any:
+    """Raises RuntimeNotSupported where it can't be had."""
+    new = api.llama_init_from_model(wrapper.model.model, parameters)
     if not new:
         raise RuntimeNotSupported("llama.cpp could not make a second context (out of memory?)")
-    try:
-        api.llama_set_n_threads(new, api.llama_n_threads(old), api.llama_n_threads_batch(old))
-        if llm._lora_adapter is not None:
-            adapters = (api.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
-            if api.llama_set_adapters_lora(new, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale)):
-                raise RuntimeNotSupported("llama.cpp could not apply the model's LoRA again")
-        if llm.n_tokens:
-            size = api.llama_state_get_size(old)
-            state = (ctypes.c_uint8 * size)()
-            written = api.llama_state_get_data(old, state, size)
-            if api.llama_state_set_data(new, state, written) != written:
-                raise RuntimeNotSupported("llama.cpp could not carry the context's state over")
-    except BaseException:
-        api.llama_free(new)
-        raise
+    return new
+
+
+def _carry_over(old: Any, new: Any, lora: tuple[Any, float] | None) -> None:
+    """Put `new` into the state of `old`. Raises RuntimeNotSupported."""
+    api.llama_set_n_threads(new, api.llama_n_threads(old), api.llama_n_threads_batch(old))
+    if lora is not None:
+        adapters = (api.llama_adapter_lora_p_ctypes * 1)(lora[0])
+        if api.llama_set_adapters_lora(new, adapters, 1, (ctypes.c_float * 1)(lora[1])):
+            raise RuntimeNotSupported("llama.cpp could not apply the model's LoRA again")
+    memory = api.llama_get_memory(old)
+    if memory is None or all(
+        api.llama_memory_seq_pos_max(memory, i) < 0 for i in range(api.llama_n_seq_max(old))
+    ):
+        return
+    size = api.llama_state_get_size(old)
+    state = (ctypes.c_uint8 * size)()
+    written = api.llama_state_get_data(old, state, size)
+    if api.llama_state_set_data(new, state, written) != written:
+        raise RuntimeNotSupported("llama.cpp could not carry the context's state over")
+
+
+def _put_in(wrapper: Any, new: Any, parameters: Any) -> None:
+    old = wrapper.ctx
     wrapper.ctx, wrapper.memory, wrapper.params = new, api.llama_get_memory(new), parameters
     api.llama_free(old)
-    llm._requires_eval = True  # the new context holds no logits

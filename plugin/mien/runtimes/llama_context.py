@@ -1,0 +1,463 @@
+"""llama.cpp's own contexts: what all attachments to llama.cpp share, and attaching to a low-level context.
+
+llama.cpp takes its evaluation callback only when a context is made. A `LlamaContext` of llama-cpp-python's
+is given a new one in the place of the old, in the same state; a bare pointer can't be, so it has to be made
+by `init_from_model`. `decode` is llama_decode with what acts pinned: which sequence each token belongs to is
+in the batch, and each sequence can have a program of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+import llama_cpp.llama_cpp as api
+import numpy as np
+import numpy.typing as npt
+
+from .. import engine
+from ..errors import RecipeError, RuntimeNotSupported, SiteNotFound, SteeringNotApplied
+from ..fingerprint import Fingerprint, vocabulary_digest
+from ..program import NOTHING, Key, Program
+from ..steering import Applied, LayerApplied, Programs
+from ..vector import SITES, Floats
+from ..watch import Watch
+from .llama_sites import Located, address_of, locate_sites
+
+_FIELDS = {
+    name: getattr(api.llama_batch, name).offset
+    for name in ("n_tokens", "token", "pos", "n_seq_id", "seq_id", "logits")
+}
+
+
+def new_hook(fingerprint: Fingerprint, path: str) -> engine.Hook:
+    addresses = [address_of(name) for name in engine.symbols()]
+    return engine.Hook(addresses, fingerprint.n_layer, fingerprint.n_embd, path)
+
+
+def with_callback(parameters: Any, hook: engine.Hook) -> Any:
+    """A copy of context parameters that has `hook` called."""
+    parameters = type(parameters).from_buffer_copy(parameters)
+    parameters.cb_eval = ctypes.cast(hook.callback, type(parameters.cb_eval))
+    parameters.cb_eval_user_data = hook.user_data
+    return parameters
+
+
+@dataclass
+class _Made:
+    """A context that `init_from_model` has made."""
+
+    hook: engine.Hook
+    sites: Located
+    parameters: Any
+    steered: weakref.ref[PointerRuntime] | None = None
+
+
+# By pointer. A hook must outlive its context, whose end is not seen from here: an entry stays until llama.cpp
+# makes another context at the same address.
+_made: dict[int, _Made] = {}
+
+
+def init_from_model(model: Any, parameters: Any, path: str = "auto") -> Any:
+    """As llama_cpp.llama_init_from_model, and the context can be attached to. Free it as any other.
+
+    model, parameters: of llama_cpp's low-level interface. path: as for `attach`. Returns the context's
+    pointer, or None where llama.cpp makes none. One token is evaluated, to find the model's sites, and
+    forgotten. Raises RuntimeNotSupported where the parameters have an evaluation callback already.
+    """
+    require_no_callback(parameters)
+    fingerprint = fingerprint_of(model)
+    hook = new_hook(fingerprint, path)
+    parameters = with_callback(parameters, hook)
+    context = api.llama_init_from_model(model, parameters)
+    if context:
+        set_batching(hook, context, parameters)
+        _made[_pointer(context)] = _Made(hook, locate_sites(hook, context, fingerprint.n_layer), parameters)
+    return context
+
+
+def require_no_callback(parameters: Any) -> None:
+    if ctypes.cast(parameters.cb_eval, ctypes.c_void_p).value:
+        raise RuntimeNotSupported(
+            "this model's context has an evaluation callback (cb_eval) of somebody else's, and llama.cpp "
+            "takes only one"
+        )
+
+
+def set_batching(hook: engine.Hook, context: Any, parameters: Any) -> int:
+    """Tell `hook` how the context cuts batches. Returns for how many sequences it has room."""
+    n_sequences, model = api.llama_n_seq_max(context), api.llama_get_model(context)
+    unified = bool(parameters.kv_unified) or n_sequences == 1
+    if api.llama_model_is_recurrent(model):
+        orders = ["sequential"]
+    elif api.llama_model_is_hybrid(model):
+        orders = ["equal" if unified else "sequential"]
+    else:
+        orders = ["simple", "equal"] if unified else ["sequential"]
+    hook.set_batching(_FIELDS, n_sequences, api.llama_n_ubatch(context), orders)
+    return int(n_sequences)
+
+
+class ContextRuntime:
+    """Delivers the activations of one llama_context to programs.
+
+    context: its pointer; a subclass may give it a new one. `close` is what ends an attachment.
+    """
+
+    def __init__(self, fingerprint: Fingerprint, hook: engine.Hook, sites: Located, n_sequences: int) -> None:
+        self.fingerprint, self.hook, self.sites = fingerprint, hook, sites
+        self.n_sequences = n_sequences
+        self.takes_rows = n_sequences > 1
+        self.set: Programs = NOTHING  # for all turns
+        self.programs: tuple[Program, ...] = (
+            NOTHING,
+        )  # at this turn: one for all sequences, or one for each
+        self._acting = [NOTHING] * n_sequences  # in the hook
+        self._turn = 1
+        self._watch: Watch | None = None
+        self._strays = hook.strays
+        self._readouts = np.empty((2, 0, 0, 0), dtype=np.float32)
+        self._counts: npt.NDArray[np.int64] | None = None
+
+    @property
+    def context(self) -> Any:
+        """The llama_context's pointer; None where it was freed."""
+        raise NotImplementedError
+
+    # ---- what acts ----
+
+    @property
+    def turn(self) -> int:
+        """The number of the reply in a chat, from 1, that windows by turn go by."""
+        return self._turn
+
+    @turn.setter
+    def turn(self, turn: int) -> None:
+        if turn != self._turn:
+            self._turn = turn
+            if any(program.turns for program in self._every):
+                self.swap(self.set)
+
+    @property
+    def _every(self) -> tuple[Program, ...]:
+        return self.set if isinstance(self.set, tuple) else (self.set,)
+
+    def swap(self, program: Programs) -> None:
+        if self.context is None:
+            raise RuntimeNotSupported("this model is closed")
+        every = program if isinstance(program, tuple) else (program,)
+        if len(every) > self.n_sequences:
+            raise RecipeError(
+                f"expected at most {self.n_sequences} recipes, one for each sequence of the context "
+                f"(n_seq_max), got {len(every)}"
+            )
+        now = tuple(one.at_turn(self._turn) for one in every)
+        if isinstance(program, tuple):
+            now += (NOTHING,) * (self.n_sequences - len(now))
+            before = self.programs * (self.n_sequences if len(self.programs) == 1 else 1)
+            changed = [i for i, (old, new) in enumerate(zip(before, now)) if new is not old]
+            # To the engine sequences are steered alike that have one program, not two of the same floats.
+            known = {_keys(one): one for i, one in enumerate(self._acting) if i not in changed}
+            for sequence in changed:  # what its gates remember stays with the others
+                one = known.setdefault(_keys(now[sequence]), now[sequence])
+                self.hook.swap(one.prompt.compiled, one.response.compiled, sequence)
+                self._acting[sequence] = one
+        else:
+            self.hook.swap(now[0].prompt.compiled, now[0].response.compiled)
+            self._acting = [now[0]] * self.n_sequences
+        self.set, self.programs = program, now
+
+    def tell_reply(self, position: int | None, sequence: int) -> None:
+        self._require_sequence(sequence)
+        if position is not None and position < 0:
+            raise ValueError(f"position: expected 0 or more, or None, got {position}")
+        self.hook.tell_reply(sequence, -1 if position is None else position)
+
+    def shift(self, by: int, sequence: int) -> None:
+        self._require_sequence(sequence)
+        self.hook.shift(sequence, by)
+
+    def _require_sequence(self, sequence: int) -> None:
+        if not 0 <= sequence < self.n_sequences:
+            raise RuntimeNotSupported(f"sequence: expected 0 to {self.n_sequences - 1}, got {sequence}")
+
+    def width(self, site: str, layer: int) -> int:
+        if site == "residual" and site not in {*self.sites.places, *self.sites.missing}:
+            return self.fingerprint.n_embd  # nobody has looked; if it is not met, that is an error then
+        return self.sites.at(site, layer).width
+
+    # ---- decoding ----
+
+    def decode(self, batch: Any) -> int:
+        """llama_decode of a llama_batch, or LlamaBatch, steered: its status. Raises SteeringNotApplied."""
+        given = getattr(batch, "batch", batch)
+        raw, _positions = (given, None) if given.pos else self._with_positions(given)
+        self.begin(raw)
+        status = 1
+        try:
+            status = int(api.llama_decode(self.context, given))
+        finally:
+            done = self.hook.end()
+        if status == 0:
+            self.finish(raw, done)
+        return status
+
+    def _with_positions(self, raw: Any) -> tuple[Any, Any]:
+        """A batch without positions with those that llama.cpp will count, which must outlive it."""
+        memory, first = api.llama_get_memory(self.context), {}
+        positions = (ctypes.c_int32 * raw.n_tokens)()
+        for i in range(raw.n_tokens):
+            sequence = raw.seq_id[i][0] if raw.seq_id else 0
+            if sequence not in first:
+                first[sequence] = api.llama_memory_seq_pos_max(memory, sequence) + 1
+            positions[i] = first[sequence]
+            first[sequence] += 1
+        copy = type(raw).from_buffer_copy(raw)
+        copy.pos = ctypes.cast(positions, type(copy.pos))
+        return copy, positions
+
+    def begin(self, raw: Any) -> None:
+        """Before a llama_decode of the raw batch. Runs once a token, when everything has left the caches:
+        short on purpose, as is `finish`."""
+        if self._watch is not None:
+            self._make_room(raw.n_tokens)
+        if status := self.hook.begin(ctypes.addressof(raw)):
+            self._refuse(status)
+
+    def finish(self, raw: Any, done: int) -> None:
+        """After it has succeeded. done: what the hook's end said. Raises SteeringNotApplied."""
+        if done:
+            self._raise(done)
+        if self._watch is not None:
+            self._take_readouts(raw.n_tokens)
+
+    def _refuse(self, status: int) -> None:
+        try:
+            engine.check(status)
+        except SteeringNotApplied:
+            raise SteeringNotApplied(
+                f"the batch has tokens of a sequence that the context has no room for (0 to "
+                f"{self.n_sequences - 1}), or a token shared by sequences that are steered differently"
+            ) from None
+
+    def _raise(self, status: int) -> None:
+        try:
+            engine.check(status)
+        except SteeringNotApplied as error:
+            acting = sorted(
+                {
+                    (site, layer)
+                    for program in self.programs
+                    for part in program.parts
+                    for site, layers in part.places.items()
+                    for layer in layers
+                }
+            )
+            everywhere = [(site, layer) for site in SITES for layer in range(self.fingerprint.n_layer)]
+            if not any(self.hook.applied(*place)[3] for place in everywhere):
+                raise SteeringNotApplied(
+                    "llama.cpp did not call mien while it computed: this context was not made by "
+                    "mien.init_from_model, but at the address of one that was, and is freed"
+                ) from None
+            missing = [(site, layer) for site, layer in acting if not self.hook.applied(site, layer)[3]]
+            places = missing or acting
+            layers = sorted({layer for _, layer in places})
+            sites = ", ".join(sorted({site for site, _ in places}))
+            raise SteeringNotApplied(
+                f"{error}: {layers} ({sites}). This build of llama.cpp does not compute them in "
+                f"{self.fingerprint.architecture} models as expected",
+                [layer for _, layer in missing],
+            ) from None
+
+    # ---- what was done, and read ----
+
+    def applied(self) -> Applied:
+        strays, self._strays = self._strays, self.hook.strays
+        if self._strays != strays:
+            raise SteeringNotApplied(
+                "llama_decode was called directly while sequences had recipes of their own, and was not "
+                "steered; call steering.decode(batch)"
+            )
+        recipes = tuple(program.recipe for program in self.programs)
+        result = Applied(recipes if isinstance(self.set, tuple) else recipes[0], {})
+        every = [part.places for program in self.programs for part in (program.prompt, program.response)]
+        for site, layer in sorted(
+            {(s, n) for places in every for s, layers in places.items() for n in layers}
+        ):
+            rows, moved, path, _ = self.hook.applied(site, layer)
+            if rows:
+                result.note(site, layer, LayerApplied(rows, float(np.sqrt(moved / rows)), path))
+        return result
+
+    def watch(self, watch: Watch | None) -> None:
+        self.hook.watch(None if watch is None else watch.probe)
+        self._watch = watch
+        self._readouts = np.empty((2, 0, 0, 0), dtype=np.float32)
+
+    def _make_room(self, count: int) -> None:
+        """For the next decode's readouts: (before and after, tokens, n_layer, vectors)."""
+        assert self._watch is not None
+        if self._readouts.shape[1] != count:
+            shape = 2, count, self.fingerprint.n_layer, self._watch.probe.count
+            self._readouts = np.empty(shape, dtype=np.float32)
+            self.hook.watch_into(*(part.ctypes.data for part in self._readouts))
+        self._readouts.fill(np.nan)
+
+    def _take_readouts(self, count: int) -> None:
+        assert self._watch is not None
+        sequences, replies = self.hook.tokens(count)
+        self._watch.note(sequences, replies, self._readouts.take(self._watch.layers, axis=2))
+
+    @property
+    def experts_used(self) -> int:
+        return _integer(_metadata(api.llama_get_model(self.context)), "expert_used_count")
+
+    def count_experts(self, on: bool) -> None:
+        if not on:
+            self.hook.count(None)
+            return
+        if not self.sites.chosen:
+            why = self.sites.missing.get("experts", "no node tells which are chosen")
+            raise SiteNotFound("experts", None, why)
+        n_expert = _integer(_metadata(api.llama_get_model(self.context)), "expert_count")
+        self._counts = np.zeros((self.fingerprint.n_layer, n_expert), dtype=np.int64)
+        self.hook.count(self._counts, self.experts_used, self.sites.chosen)
+
+    def expert_counts(self) -> dict[int, npt.NDArray[np.int64]]:
+        if self._counts is None:
+            return {}
+        return {layer: row.copy() for layer, row in enumerate(self._counts) if row.any()}
+
+    def capture(self, tokens: Sequence[int], layers: Sequence[int], last: int) -> Floats:
+        tokens, context = list(tokens), self.context
+        if len(tokens) > api.llama_n_ctx(context):
+            raise ValueError(f"expected at most {api.llama_n_ctx(context)} tokens, got {len(tokens)}")
+        n_batch, start = api.llama_n_batch(context), len(tokens) - last
+        result = np.empty((len(layers), last, self.fingerprint.n_embd), dtype=np.float32)
+        memory = api.llama_get_memory(context)
+        batch = api.llama_batch_init(min(n_batch, len(tokens)), 0, 1)
+        api.llama_memory_clear(memory, True)
+        self.tell_reply(len(tokens), 0)
+        try:
+            for offset in range(0, len(tokens), n_batch):
+                chunk = tokens[offset : offset + n_batch]
+                _fill(batch, chunk, offset, all_logits=last > 1)
+                wanted = max(start - offset, 0)
+                if wanted < len(chunk):
+                    rows = self.hook.capture(layers, wanted, len(chunk) - wanted)
+                if status := self.decode(batch):
+                    raise RuntimeError(f"llama_decode returned {status}")
+                self.hook.stop_capture()
+                if wanted < len(chunk):
+                    to = offset + wanted - start
+                    result[:, to : to + rows.shape[1]] = rows
+        finally:
+            self.hook.stop_capture()
+            self.tell_reply(None, 0)
+            api.llama_batch_free(batch)
+            api.llama_memory_clear(memory, True)
+        return result
+
+    def describe(self) -> dict[str, str]:
+        sites = {f"site {site}": f"not found: {why}" for site, why in self.sites.missing.items()}
+        return {
+            "runtime": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})",
+            "path": self.hook.path,
+            "why": self.hook.reason,
+            "sites": ", ".join(self.sites.places),
+            **sites,
+        }
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+
+class PointerRuntime(ContextRuntime):
+    """Of a bare pointer that `init_from_model` gave. Its callback stays and does nothing once released."""
+
+    attached: bool
+
+    def __init__(self, pointer: Any) -> None:
+        made = _made.get(_pointer(pointer))
+        if made is None:
+            raise RuntimeNotSupported(
+                "llama.cpp takes its evaluation callback only when a context is made: make this one with "
+                "mien.init_from_model(model, params) in place of llama_cpp.llama_init_from_model"
+            )
+        if made.steered is not None and (other := made.steered()) is not None and other.attached:
+            raise RuntimeNotSupported("this context is attached already; use that Steering, or detach() it")
+        self._context = pointer
+        self.attached = True
+        fingerprint = fingerprint_of(api.llama_get_model(pointer))
+        super().__init__(fingerprint, made.hook, made.sites, api.llama_n_seq_max(pointer))
+        self._let_go()  # of what a Steering that was dropped, not detached, has left
+        made.steered = weakref.ref(self)
+
+    @property
+    def context(self) -> Any:
+        return self._context
+
+    def release(self) -> None:
+        self._let_go()
+        self.attached = False
+
+    def _let_go(self) -> None:
+        self.hook.swap(None, None)
+        self.hook.watch(None)
+        self.hook.count(None)
+        for sequence in range(self.n_sequences):
+            self.tell_reply(None, sequence)
+
+
+def _keys(program: Program) -> tuple[Key, Key]:
+    return program.prompt.key, program.response.key
+
+
+def _pointer(context: Any) -> int:
+    return int(getattr(context, "value", context) or 0)
+
+
+def _fill(batch: Any, tokens: Sequence[int], position: int, all_logits: bool) -> None:
+    """Of sequence 0, from `position` on."""
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position + i, 1, 0
+        batch.logits[i] = all_logits or i == len(tokens) - 1
+
+
+# ---- what is known of a model ----
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """A model's metadata as text, by key."""
+    found = {}
+    buffer = ctypes.create_string_buffer(1 << 10)
+    for i in range(api.llama_model_meta_count(model)):
+        key_size = api.llama_model_meta_key_by_index(model, i, buffer, len(buffer))
+        key = buffer.value[:key_size].decode(errors="replace")
+        size = api.llama_model_meta_val_str_by_index(model, i, buffer, len(buffer))
+        if 0 <= size < len(buffer):  # a chat template may be longer; nothing of that is needed here
+            found[key] = buffer.value.decode(errors="replace")
+    return found
+
+
+def _integer(metadata: Mapping[str, str], key: str) -> int:
+    return int(metadata.get(f"{metadata.get('general.architecture', '')}.{key}", "0"))
+
+
+def fingerprint_of(model: Any) -> Fingerprint:
+    """What of a loaded model, by its pointer, must agree with a vector."""
+    metadata = _metadata(model)
+    vocabulary = api.llama_model_get_vocab(model)
+    texts = (api.llama_vocab_get_text(vocabulary, i) for i in range(api.llama_vocab_n_tokens(vocabulary)))
+    return Fingerprint(
+        architecture=metadata.get("general.architecture", "unknown"),
+        n_layer=api.llama_model_n_layer(model),
+        n_embd=api.llama_model_n_embd(model),
+        vocabulary=vocabulary_digest(texts),
+        name=metadata.get("general.basename") or metadata.get("general.name", ""),
+    )
