@@ -105,7 +105,7 @@ def set_batching(hook: engine.Hook, context: Any, parameters: Any) -> int:
 class ContextRuntime:
     """Delivers the activations of one llama_context to programs.
 
-    context: its pointer; a subclass may give it a new one. `close` is what ends an attachment.
+    context: its pointer; a subclass says where it is kept, and what `release` does to it.
     """
 
     def __init__(self, fingerprint: Fingerprint, hook: engine.Hook, sites: Located, n_sequences: int) -> None:
@@ -113,9 +113,8 @@ class ContextRuntime:
         self.n_sequences = n_sequences
         self.takes_rows = n_sequences > 1
         self.set: Programs = NOTHING  # for all turns
-        self.programs: tuple[Program, ...] = (
-            NOTHING,
-        )  # at this turn: one for all sequences, or one for each
+        # At this turn: one for all sequences, or one for each.
+        self.programs: tuple[Program, ...] = (NOTHING,)
         self._acting = [NOTHING] * n_sequences  # in the hook
         self._turn = 1
         self._watch: Watch | None = None
@@ -248,15 +247,7 @@ class ContextRuntime:
         try:
             engine.check(status)
         except SteeringNotApplied as error:
-            acting = sorted(
-                {
-                    (site, layer)
-                    for program in self.programs
-                    for part in program.parts
-                    for site, layers in part.places.items()
-                    for layer in layers
-                }
-            )
+            acting = self._places
             everywhere = [(site, layer) for site in SITES for layer in range(self.fingerprint.n_layer)]
             if not any(self.hook.applied(*place)[3] for place in everywhere):
                 raise SteeringNotApplied(
@@ -275,6 +266,12 @@ class ContextRuntime:
 
     # ---- what was done, and read ----
 
+    @property
+    def _places(self) -> list[tuple[str, int]]:
+        """The (site, layer) where anything acts at this turn, in order."""
+        every = [part.places for program in self.programs for part in program.parts]
+        return sorted({(site, n) for places in every for site, layers in places.items() for n in layers})
+
     def applied(self) -> Applied:
         strays, self._strays = self._strays, self.hook.strays
         if self._strays != strays:
@@ -284,10 +281,7 @@ class ContextRuntime:
             )
         recipes = tuple(program.recipe for program in self.programs)
         result = Applied(recipes if isinstance(self.set, tuple) else recipes[0], {})
-        every = [part.places for program in self.programs for part in (program.prompt, program.response)]
-        for site, layer in sorted(
-            {(s, n) for places in every for s, layers in places.items() for n in layers}
-        ):
+        for site, layer in self._places:
             rows, moved, path, _ = self.hook.applied(site, layer)
             if rows:
                 result.note(site, layer, LayerApplied(rows, float(np.sqrt(moved / rows)), path))
