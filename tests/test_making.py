@@ -1,9 +1,11 @@
-"""Contrast texts, extraction and calibration."""
+"""Contrast texts, extraction, calibration and whole packs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,17 @@ import mien
 import numpy as np
 import pytest
 from mien import calibration, contrast, reference
-from mien.calibration import Calibration, Dose, bake, calibrate, repetition, within_budget
+from mien.calibration import Budget, Calibration, Dose, Poles, bake, calibrate, measure
 from mien.contrast import Sample
+from mien.corpus import Corpus, Pair
 from mien.errors import MienError
-from mien.extraction import extract, extract_group
+from mien.evaluation import Evaluator, Text, evaluator
+from mien.extraction import extract, extract_group, held_out_accuracy, read_states, stream_norms
+from mien.making import Maker, Settings
+from mien.methods import METHODS
+from mien.pack import Pack
+from mien.program import NOTHING
+from mien.runtimes.fake import NumpyModel
 from mien.runtimes.llama_text import chat_tokens, greedy_reply, log_probabilities
 from mien.vector import Vector
 
@@ -82,7 +91,8 @@ def test_a_direction_is_the_difference_of_means_at_the_same_block(load: Callable
             states.append(steering.capture(tokens)[:, 0].astype(np.float64))
     expected = (states[0] + states[1]) / 2 - states[2]
     for layer, row in vector.directions.items():
-        np.testing.assert_allclose(row, expected[layer], rtol=1e-6, atol=1e-6)
+        # Quantised products round otherwise in another batch; the block next to it is off by a quarter.
+        assert np.linalg.norm(row - expected[layer]) < 0.1 * np.linalg.norm(row)
     # The middle of the two means reads as zero, and they as a half and minus a half.
     sides = {
         -0.5: states[2],
@@ -92,7 +102,7 @@ def test_a_direction_is_the_difference_of_means_at_the_same_block(load: Callable
     for layer in vector.layers:
         for readout, side in sides.items():
             found = reference.readout(side[None, layer].astype(np.float32), vector, layer)
-            assert found[0] == pytest.approx(readout, abs=1e-4)
+            assert found[0] == pytest.approx(readout, abs=0.03)
     assert vector.meta["samples"] == [2, 1]
     assert vector.meta["kind"] == "emotion"
     assert type(llm).__name__ == "Llama"  # detached again
@@ -118,15 +128,97 @@ def test_members_of_a_group_add_up_to_nothing(load: Callable[..., Any]) -> None:
 @pytest.mark.model
 def test_the_stream_norm_leaves_the_first_token_out(load: Callable[..., Any]) -> None:
     """The first token's norm is an outlier by a factor of a hundred at this block."""
-    from mien.extraction import stream_norms
-
     llm = load()
     tokens = llm.tokenize(b"The harbour was quiet when the boats came in.")
-    with mien.attach(llm) as steering:
-        states = steering.capture(tokens, layers=[15], last=len(tokens))[0]
-        norms = np.linalg.norm(states.astype(np.float64), axis=1)
+    with closing(evaluator(llm)) as many:
+        ((_, states),) = many.capture([Text(tuple(tokens), 0)], [15])
+        norms = np.linalg.norm(states[0].astype(np.float64), axis=1)
         assert norms[0] > 20 * np.median(norms)
-        assert stream_norms(steering, [tokens])[15] == pytest.approx(np.median(norms[1:]))
+        assert stream_norms(many, [Text(tuple(tokens), 3)], [15])[0] == pytest.approx(np.median(norms[1:]))
+
+
+# On the NumPy model, whose texts are words: what one side says differs from what the other says by a word.
+ASKS = [
+    f"question {k} about {thing}" for k, thing in enumerate(("sea", "sky", "tree", "wall", "lamp", "door"))
+]
+GLAD = [f"{ask} => glad indeed {ask}" for ask in ASKS]
+GRIM = [f"{ask} => grim indeed {ask}" for ask in ASKS]
+
+
+@pytest.fixture
+def many() -> Iterator[Evaluator]:
+    with closing(evaluator(NumpyModel(n_layer=4, n_embd=16, n_vocab=64))) as found:
+        yield found
+
+
+@pytest.mark.parametrize("read", ["last", "mean", "every"])
+def test_what_is_read_of_a_text(many: Evaluator, read: str) -> None:
+    vector = extract(many, "glad", GLAD, GRIM, read=read)
+    assert vector.layers == (1, 2, 3)
+    texts = [
+        many.text([{"role": "user", "content": s.user}], s.opening) for s in map(Sample.parse, GLAD + GRIM)
+    ]
+    rows = [states.astype(np.float64) for _, states in many.capture(texts, vector.layers)]
+    if read == "every":
+        up, down = (np.concatenate(part, axis=1) for part in (rows[:6], rows[6:]))
+    else:
+        each = [r[:, -1:] if read == "last" else r.mean(axis=1, keepdims=True) for r in rows]
+        up, down = (np.concatenate(part, axis=1) for part in (each[:6], each[6:]))
+    expected = up.mean(axis=1) - down.mean(axis=1)
+    np.testing.assert_allclose(np.stack(list(vector.directions.values())), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_vector_that_tells_the_sides(many: Evaluator, method: str) -> None:
+    vector = extract(many, "glad", GLAD, GRIM, method=method, read="mean")
+    again = extract(many, "glad", GLAD, GRIM, method=method, read="mean")
+    assert vector.digest == again.digest
+    assert vector.meta == again.meta
+    accuracy = vector.meta["accuracy"]
+    assert isinstance(accuracy, list)
+    assert max(float(a) for a in accuracy) > 0.7  # the questions differ as much as the sides
+    assert ("bias" in vector.meta) == (method in ("logistic", "lda"))
+
+
+def test_accuracy_is_of_scenarios_that_were_left_out(many: Evaluator) -> None:
+    """Sides that differ by which scenario got which word are told apart where seen, not where new."""
+    swap = [(glad, grim) if k % 2 else (grim, glad) for k, (glad, grim) in enumerate(zip(GLAD, GRIM))]
+    sides = {
+        "positive": [Sample.parse(a) for a, _ in swap],
+        "negative": [Sample.parse(b) for _, b in swap],
+    }
+    reading = read_states(many, sides, read="mean")
+    assert max(held_out_accuracy(reading, "positive", "mean")) < 0.6
+    sides = {"positive": list(map(Sample.parse, GLAD)), "negative": list(map(Sample.parse, GRIM))}
+    assert max(held_out_accuracy(read_states(many, sides, read="mean"), "positive", "mean")) > 0.8
+    alone = {name: samples[:1] for name, samples in sides.items()}
+    assert held_out_accuracy(read_states(many, alone, read="mean"), "positive", "mean") == []
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "options", "words"),
+    [
+        ([], GRIM, {}, "at least one text"),
+        (GLAD, [], {}, "at least one text"),
+        (GLAD + GLAD[:1], GRIM, {}, "stands there twice"),
+        (GLAD, GRIM + GLAD[2:3], {}, "said both by positive and by negative"),
+        (GLAD, GRIM, {"method": "guess"}, "expected one of mean, pca_diff"),
+        (GLAD, GRIM, {"read": "first"}, "expected one of last, mean, every"),
+        (GLAD, GRIM[:2], {"method": "pca_diff"}, "as many positive"),
+        (["only a question"], GRIM, {"read": "mean"}, "needs a reply"),
+        (GLAD, GRIM, {"layers": [9]}, "some of 1 to 3"),
+    ],
+)
+def test_contrasts_that_say_nothing(
+    many: Evaluator, positive: list[str], negative: list[str], options: Any, words: str
+) -> None:
+    with pytest.raises(MienError, match=words):
+        extract(many, "x", positive, negative, **options)
+
+
+def test_a_group_has_no_pairs(many: Evaluator) -> None:
+    with pytest.raises(MienError, match="takes pairs"):
+        extract_group(many, {"a": GLAD, "b": GRIM}, method="pca_center")
 
 
 @pytest.mark.model
@@ -157,23 +249,30 @@ def test_a_group_needs_two(load: Callable[..., Any]) -> None:
 # ---- doses ----
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("", 0.0), ("one two", 0.0), ("a b c a b c", 0.25), ("a a a a a", 2 / 3), ("one two three four", 0.0)],
-)
-def test_repetition_counts_repeated_trigrams(text: str, expected: float) -> None:
-    assert repetition(text) == pytest.approx(expected)
-
-
 def test_both_measures_have_a_say() -> None:
-    plain = Dose(0.0, 5.0, 0.02)
-    assert within_budget(Dose(1.0, 12.4, 0.11), plain)
-    assert not within_budget(Dose(1.0, 12.6, 0.02), plain)
-    assert not within_budget(Dose(1.0, 2.0, 0.13), plain)  # repetitive text has a low perplexity
+    plain, budget = Dose(0.0, 5.0, 0.02, 1.0), Budget(perplexity=2.5, repetition=0.1)
+    assert budget.holds(Dose(1.0, 12.4, 0.11, 1.0), plain)
+    assert not budget.holds(Dose(1.0, 12.6, 0.02, 1.0), plain)
+    assert not budget.holds(Dose(1.0, 2.0, 0.13, 1.0), plain)  # repetitive text has a low perplexity
 
 
-def fake_measure(curve: dict[float, tuple[float, float]]) -> Callable[..., Dose]:
-    return lambda llm, steering, vector, coefficient, prompts: Dose(coefficient, *curve[coefficient])
+class Scripted:
+    """Stands in for `calibration.measure`: what each coefficient was said to cost, and which were asked."""
+
+    def __init__(self, curve: dict[float, tuple[float, float]]) -> None:
+        self.curve, self.asked = curve, list[float]()
+
+    def __call__(self, many: Any, programs: Any, *_: Any) -> list[Dose]:
+        names = [0.0 if program is NOTHING else float(program) for program in programs]
+        self.asked += names
+        return [Dose(1.0, *self.curve[name], 1.0) for name in names]
+
+
+class Compiles:
+    """Gives the scale of a vector of ones in place of a program."""
+
+    def compile(self, vector: Vector) -> float:
+        return round(float(vector.rows[0, 0]), 6)
 
 
 def some_vector() -> Vector:
@@ -182,28 +281,68 @@ def some_vector() -> Vector:
     )
 
 
+CURVE = {0.0: (5.0, 0.0), 0.2: (5.0, 0.0), 0.4: (6.0, 0.05), 0.6: (99.0, 0.0), 0.8: (5.0, 0.0)}
+
+
 def test_the_dose_is_the_largest_before_a_budget_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    curve = {0.0: (5.0, 0.0), 0.2: (5.0, 0.0), 0.4: (6.0, 0.05), 0.6: (13.0, 0.0), 0.8: (5.0, 0.0)}
-    monkeypatch.setattr(calibration, "_measure", fake_measure(curve))
-    found = calibrate(None, None, some_vector(), [], coefficients=[0.2, 0.4, 0.6, 0.8])  # type: ignore[arg-type]
-    assert found.chosen == 0.4
-    assert [dose.coefficient for dose in found.curve] == [0.0, 0.2, 0.4, 0.6]  # not beyond
+    scripted = Scripted(CURVE)
+    monkeypatch.setattr(calibration, "measure", scripted)
+    monkeypatch.setattr(calibration, "AT_ONCE", 2)
+    doses = [0.8, 0.2, 0.4, 0.6, 1.0]
+    found = calibrate(Compiles(), some_vector(), [], coefficients=doses)  # type: ignore[arg-type]
+    assert found.chosen == 0.4  # 0.8 keeps to the budget again, by chance
+    measured = [dose.coefficient for dose in found.curve]
+    assert measured == [0.0, 0.2, 0.4, 0.6, 0.8]  # and not beyond
+    assert measured == scripted.asked
+    assert [dose.perplexity for dose in found.curve] == [CURVE[c][0] for c in measured]
 
 
 def test_no_fluent_dose_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_measure", fake_measure({0.0: (5.0, 0.0), 0.2: (50.0, 0.0)}))
+    monkeypatch.setattr(calibration, "measure", Scripted({0.0: (5.0, 0.0), 0.2: (50.0, 0.0)}))
     with pytest.raises(MienError, match=r"already at 0\.2"):
-        calibrate(None, None, some_vector(), [], coefficients=[0.2])  # type: ignore[arg-type]
+        calibrate(Compiles(), some_vector(), [], coefficients=[0.2])  # type: ignore[arg-type]
+
+
+def test_what_is_measured_of_replies(many: Evaluator) -> None:
+    prompts = [many.text([{"role": "user", "content": ask}]) for ask in ASKS[:3]]
+    vector = extract(many, "glad", GLAD, GRIM)
+    program = many.compile(vector)
+    (plain, steered) = measure(many, [NOTHING, program], prompts, 8)
+    replies = many.generate(prompts, 8, programs=[program] * 3)
+    scores = np.concatenate(many.log_probabilities(replies))  # by the unsteered model
+    assert steered.perplexity == pytest.approx(math.exp(-scores.mean()))
+    assert plain != steered
+    assert plain.perplexity <= steered.perplexity, "greedy replies are the most probable"
+
+
+def test_an_effect_is_by_how_much_one_pole_gains(many: Evaluator) -> None:
+    def texts(lines: list[str]) -> list[Text]:
+        samples = map(Sample.parse, lines)
+        return [many.text([{"role": "user", "content": s.user}], s.opening) for s in samples]
+
+    vector = extract(many, "glad", GLAD, GRIM, read="mean")
+    poles = Poles(texts(GLAD), texts(GRIM))
+    programs = [NOTHING, many.compile(vector), many.compile(-1.0 * vector)]
+    effects = poles.effect(many, programs)
+    alone = [np.mean(many.log_probabilities([t], programs=[programs[1]])[0]) for t in poles.high + poles.low]
+    assert effects[1] == pytest.approx(np.mean(alone[:6]) - np.mean(alone[6:]))
+    found = calibrate(
+        many, vector, poles.high[:2], poles=poles, coefficients=[0.01, 0.02], budget=Budget(9, 1)
+    )
+    assert found.curve[0].effect == 0.0
+    assert [dose.coefficient for dose in found.curve] == [0.0, 0.01, 0.02]
 
 
 def test_baking_makes_the_chosen_dose_one() -> None:
-    curve = (Dose(0.0, 5.0, 0.0), Dose(0.25, 6.0, 0.1), Dose(0.5, 9.0, 0.4))
-    baked = bake(some_vector(), Calibration(curve, 0.25))
+    curve = (Dose(0.0, 5.0, 0.0, 1.0), Dose(0.25, 6.0, 0.1, 0.9), Dose(0.5, 9.0, 0.4, 0.8))
+    baked = bake(some_vector(), Calibration(curve, 0.25, Budget()))
     assert baked.rows.tolist() == [[0.25] * 4]
     assert baked.meta["scale"] == 0.25
     assert baked.meta["strength"] == [0.05]
     assert baked.meta["calibration.dose"] == [0.0, 1.0, 2.0]
     assert baked.meta["calibration.repetition"] == [0.0, 0.1, 0.4]
+    assert baked.meta["calibration.distinct"] == [1.0, 0.9, 0.8]
+    assert "calibration.effect" not in baked.meta
 
 
 @pytest.mark.parametrize("scale", [0.25, -2.0])
@@ -244,3 +383,160 @@ def test_log_probabilities_agree_with_decoding_token_by_token(load: Callable[...
         assert by_hand == pytest.approx(expected, abs=0.15)  # another batch size rounds otherwise
         assert math.exp(expected) <= 1
         llm.eval([token])
+
+
+# ---- packs ----
+
+
+def corpus(folder: Path) -> Corpus:
+    """Two traits and a group of three, in the words of the NumPy model."""
+    from test_corpus import write
+
+    def trait(high: str, low: str) -> str:
+        pairs = [
+            f'[[pair]]\nsplit = "{split}"\nask = "{split} {k} about {ask}"\n'
+            f'high = "{high} indeed {ask}"\nlow = "{low} indeed {ask}"\n'
+            for split, count in (("train", 6), ("calibration", 3), ("test", 4))
+            for k, ask in enumerate(ASKS[:count])
+        ]
+        return f'positive = "{high}"\nnegative = "{low}"\n' + "".join(pairs)
+
+    events = [
+        f'[[event]]\nsplit = "{split}"\nscenario = "{split}{k}"\nvalence = "neutral"\n'
+        f'text = "{split} {k} told {ask}"\n'
+        + "".join(f'{m} = "{m} so {m} {ask}"\n' for m in ("red", "blue", "tan"))
+        for split, count in (("train", 5), ("calibration", 3), ("test", 4))
+        for k, ask in enumerate(ASKS[:count])
+    ]
+    members = "".join(f'[{m}]\npositive = "{m}"\n' for m in ("red", "blue", "tan"))
+    files = {
+        "manner/glad.toml": trait("glad", "grim"),
+        "manner/loud.toml": trait("loud", "hush"),
+        "tints/group.toml": members,
+        "tints/all.toml": "".join(events),
+    }
+    return Corpus.read(write(folder, files))
+
+
+def maker(many: Evaluator, data: Corpus, folder: Path, **options: Any) -> Maker:
+    settings = Settings("mean", (1, 2), Budget(50.0, 1.0))
+    return Maker(many, data, folder, settings=settings, **options)
+
+
+KNOWN = {"name": "small", "version": "1.0", "licence": "MIT"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Corpus:
+    (tmp_path / "data").mkdir()
+    return corpus(tmp_path / "data")
+
+
+def effect(many: Evaluator, vector: Vector, pairs: Sequence[Pair]) -> float:
+    """By how much full dose raises the GAP of given pairs."""
+    texts = [
+        [many.text([{"role": "user", "content": pair.ask}], reply) for pair, reply in zip(pairs, side)]
+        for side in ([pair.high for pair in pairs], [pair.low for pair in pairs])
+    ]
+    before, after = Poles(*texts).effect(many, [NOTHING, many.compile(vector)])
+    return after - before
+
+
+def test_a_pack_is_made_and_says_what_its_vectors_are_worth(
+    many: Evaluator, data: Corpus, tmp_path: Path
+) -> None:
+    pack = maker(many, data, tmp_path / "pack").make(**KNOWN)
+    assert pack.verify() == []
+    assert set(pack.entries) == {"glad", "loud", "red", "blue", "tan"}
+    for name in pack.entries:
+        vector = pack.load(name)
+        meta: Any = vector.meta
+        assert vector.layers == (1, 2)
+        assert meta["data_digest"] == data.digest
+        # Its claims, measured again from the file.
+        entry = next((t for t in data.traits if t.name == name), None)
+        if entry is not None:
+            assert meta["test.effect"] == pytest.approx(effect(many, vector, entry.of("test")), abs=1e-4)
+            assert meta["test.effect"] > max(meta["test.random_effect"])
+            assert "weak" not in meta
+            own = meta["leakage.effect"][meta["leakage.names"].index(name)]
+            assert own == pytest.approx(effect(many, vector, entry.of("calibration")[:2]), abs=1e-4)
+        doses = meta["calibration.dose"]
+        assert any(abs(dose - 1) < 1e-6 for dose in doses), "full dose was not measured"
+        assert meta["readout.moved"][meta["readout.names"].index(name)] > 0
+        assert len(meta["example.reply"]) == len(meta["example.dose"]) == 5
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
+    whole = maker(many, data, tmp_path / "whole").make(**KNOWN)
+    begun: list[str] = []
+
+    def stop(stage: str) -> Any:
+        begun.append(stage)
+        if stage == "testing red":
+            raise KeyboardInterrupt
+        return lambda done, total: None
+
+    with pytest.raises(KeyboardInterrupt):
+        maker(many, data, tmp_path / "parts", stage=stop).make(**KNOWN)
+    assert not (tmp_path / "parts" / "pack.toml").exists()
+    begun.clear()
+
+    def note(stage: str) -> Any:
+        return lambda done, total: begun.append(stage)
+
+    parts = maker(many, data, tmp_path / "parts", stage=note).make(**KNOWN)
+    assert not any(stage.startswith("dosing") for stage in begun), "what was done was done again"
+    for entry in whole.entries.values():
+        assert (whole.path / entry.file).read_bytes() == (parts.path / entry.file).read_bytes()
+
+
+def test_what_was_made_of_other_data_is_not_taken(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
+    first = maker(many, data, tmp_path / "pack").make(**KNOWN)
+    before = {name: entry.sha256 for name, entry in first.entries.items()}
+    path = tmp_path / "data" / "manner" / "loud.toml"
+    path.write_text(path.read_text().replace("hush indeed", "hush never"))
+    second = maker(many, Corpus.read(tmp_path / "data"), tmp_path / "pack").make(**KNOWN)
+    assert second.entries["loud"].sha256 != before["loud"]
+    assert second.load("loud").meta["data_digest"] != data.digest
+
+
+def test_a_vector_that_does_nothing_is_marked_as_weak(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
+    """Of what it was made from, the test split says the opposite."""
+    trait = data.traits[0]
+    turned = tuple(replace(p, high=p.low, low=p.high) if p.split == "test" else p for p in trait.pairs)
+    data = replace(data, traits=(replace(trait, pairs=turned), *data.traits[1:]))
+    pack = maker(many, data, tmp_path / "pack").make(**KNOWN)
+    weak = pack.load("glad").meta["weak"]
+    assert isinstance(weak, str)
+    assert "not told from none" in weak
+    assert "weak" not in pack.load("loud").meta
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(Settings("guess"), "expected one of trained, mean"), (Settings("trained"), "in transformers, too")],
+)
+def test_what_can_not_be_made(
+    many: Evaluator, data: Corpus, tmp_path: Path, settings: Settings, words: str
+) -> None:
+    with pytest.raises(MienError, match=words):
+        Maker(many, data, tmp_path, settings=settings)
+
+
+def test_a_report_is_one_file_with_all_that_is_known(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the report draws with it")
+    from mien.report import write_report
+
+    pack = maker(many, data, tmp_path / "pack").make(**KNOWN)
+    written = write_report(Pack.read(pack.path), tmp_path / "report.html", tmp_path / "figures")
+    page = (tmp_path / "report.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    for name in pack.entries:
+        meta: Any = pack.load(name).meta
+        assert f"id='{name}'" in page
+        assert f"{meta['test.effect']:.2f} [" in page
+        assert meta["example.reply"][-1] in page
+    assert page.count("data:image/png;base64,") == len(written) - 1 == len(pack.entries) + 3
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:])

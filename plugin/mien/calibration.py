@@ -1,99 +1,185 @@
-"""Calibration: how large a dose a vector bears before the model's text falls apart.
+"""Calibration: how large a dose a vector bears before the model's text falls apart, and what it does.
 
-For growing coefficients the model answers each prompt greedily. Two measures are taken of the replies:
-their perplexity under the plain model, and the share of word trigrams that repeat an earlier one in the
-same reply. Both have a say, since text that repeats itself has a low perplexity. The dose is the
-largest coefficient up to which neither leaves its budget; it is baked in as 1.0.
+At growing coefficients the model answers prompts greedily, several coefficients at once. The dose is the
+largest measured coefficient up to which the replies keep to the budget (`Budget`); it is baked in as 1.0.
+Perplexity is that under the unsteered model, and repetition has a say beside it, since text that repeats
+itself has a low perplexity. What a dose achieves is the GAP between the replies of both poles
+(`judging.gap`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import MienError
-from .runtimes.llama_text import chat_tokens, greedy_reply, log_probabilities
-from .steering import Steering
+from .evaluation import Evaluator, Progress, Text, silent
+from .judging import Gap, distinct, gap, perplexity, repetition
+from .program import NOTHING, Program
 from .vector import MetaValue, Vector
 
-COEFFICIENTS = tuple(k / 20 for k in range(4, 25))  # 0.2, 0.25, ... 1.2
-# Greedy replies are the model's own most probable ones, so that any other manner costs perplexity: a
-# budget much below this one leaves joy hardly visible. Repetition is what gives out first.
-PERPLEXITY_BUDGET = 2.5  # times the plain replies' perplexity
-REPETITION_BUDGET = 0.10  # on top of the plain replies' share
-REPLY_TOKENS = 48
+COEFFICIENTS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+REPLY_TOKENS = 40
+AT_ONCE = 5  # coefficients that are measured in one go
 
-Progress = Callable[[Iterable[float], int], Iterable[float]]
+
+# Log-probabilities of the tokens of each reply: of the high pole, and of the low.
+Scores: TypeAlias = "tuple[Sequence[npt.NDArray[np.float64]], Sequence[npt.NDArray[np.float64]]]"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What full dose may cost.
+
+    perplexity: times that of the unsteered replies. Those are the model's own most probable ones, so that
+    any other manner costs some: below twice as much, few manners can be told from none. repetition: the share
+    of trigrams, on top of that of the unsteered replies.
+    """
+
+    perplexity: float = 3.0
+    repetition: float = 0.10
+
+    def holds(self, dose: Dose, plain: Dose) -> bool:
+        return (
+            dose.perplexity <= self.perplexity * plain.perplexity
+            and dose.repetition <= self.repetition + plain.repetition
+        )
 
 
 @dataclass(frozen=True)
 class Dose:
-    """The replies at one coefficient. perplexity: under the plain model. repetition: 0 to 1."""
+    """The replies at one coefficient.
+
+    perplexity: under the unsteered model. repetition: the share of word trigrams. distinct: distinct-2.
+    effect: the GAP, in nats a token, over the unsteered model's; NaN where it was not measured.
+    """
 
     coefficient: float
     perplexity: float
     repetition: float
+    distinct: float
+    effect: float = float("nan")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A dose curve, ascending, the plain replies first. chosen: the coefficient that becomes 1.0."""
+    """A dose curve, ascending, the unsteered replies first. chosen: the coefficient that becomes 1.0."""
 
     curve: tuple[Dose, ...]
     chosen: float
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Poles:
+    """Given replies whose likelihood tells the effect: item i of both is about the same matter."""
+
+    high: Sequence[Text]
+    low: Sequence[Text]
+
+    def scores(self, many: Evaluator, programs: Sequence[Program]) -> list[Scores]:
+        """(log-probabilities of the high replies, of the low) under each program, all evaluated together."""
+        items = len(self.high)
+        texts = [*self.high, *self.low] * len(programs)
+        each = [program for program in programs for _ in range(2 * items)]
+        found = many.log_probabilities(texts, programs=each)
+        starts = range(0, len(found), 2 * items)
+        return [(found[i : i + items], found[i + items : i + 2 * items]) for i in starts]
+
+    def effect(self, many: Evaluator, programs: Sequence[Program]) -> list[float]:
+        """The GAP under each program."""
+        return [gap(high, low).value for high, low in self.scores(many, programs)]
+
+
+def raised(before: Scores, after: Scores) -> Gap:
+    """By how much the GAP of `after` is above that of `before`, item by item."""
+    high, low = ([b - a for a, b in zip(before[k], after[k])] for k in (0, 1))
+    return gap(high, low)
 
 
 def calibrate(
-    llm: Any,
-    steering: Steering,
+    many: Evaluator,
     vector: Vector,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     *,
+    poles: Poles | None = None,
     coefficients: Sequence[float] = COEFFICIENTS,
-    progress: Progress = lambda items, _total: items,
+    budget: Budget | None = None,
+    reply_tokens: int = REPLY_TOKENS,
+    plain: Dose | None = None,
+    progress: Progress = silent,
 ) -> Calibration:
-    """Measure `vector` at growing coefficients until a budget is left.
+    """Measure `vector` at growing coefficients until the budget is left.
 
-    llm, steering: the model and its handle; what is set there is cleared. prompts: user turns.
+    prompts: what the model replies to. poles: to measure the effect, too. plain: the measure of the
+    unsteered replies, if it is known. Every dose of the curve, the chosen one with them, was measured.
     Raises MienError where even the smallest coefficient leaves the budget.
     """
-    plain = _measure(llm, steering, vector, 0.0, prompts)
-    curve = [plain]
-    for coefficient in progress(coefficients, len(coefficients)):
-        dose = _measure(llm, steering, vector, coefficient, prompts)
-        curve.append(dose)
-        if not within_budget(dose, plain):
+    budget = budget or Budget()
+    plain = plain or measure(many, [NOTHING], prompts, reply_tokens)[0]
+    curve = [replace(plain, coefficient=0.0)]
+    ascending = sorted(coefficients)
+    for start in range(0, len(ascending), AT_ONCE):
+        part = ascending[start : start + AT_ONCE]
+        found = measure(many, [many.compile(vector * c) for c in part], prompts, reply_tokens)
+        curve += (replace(dose, coefficient=c) for dose, c in zip(found, part))
+        progress(len(curve) - 1, len(ascending))
+        if not all(budget.holds(dose, plain) for dose in curve):
             break
-    fluent = [dose.coefficient for dose in curve[1:] if within_budget(dose, plain)]
-    if not fluent:
+    progress(len(ascending), len(ascending))
+    # Up to the first that leaves it: a larger dose that keeps to it again does so by chance.
+    kept = next((i for i, dose in enumerate(curve) if not budget.holds(dose, plain)), len(curve))
+    if kept < 2:
         raise MienError(
-            f"{vector.name}: already at {coefficients[0]:g} of the raw difference the replies have "
-            f"perplexity {curve[1].perplexity:.1f} (plain {plain.perplexity:.1f}) and repetition "
-            f"{curve[1].repetition:.2f} (plain {plain.repetition:.2f}); use fewer layers or other texts"
+            f"{vector.name}: already at {ascending[0]:g} times its length the replies have perplexity "
+            f"{curve[1].perplexity:.1f} (unsteered {plain.perplexity:.1f}) and repetition "
+            f"{curve[1].repetition:.2f} (unsteered {plain.repetition:.2f}); use fewer layers or other texts"
         )
-    return Calibration(tuple(curve), max(fluent))
+    if poles is not None:
+        effects = poles.effect(many, [many.compile(vector * d.coefficient) for d in curve])
+        curve = [replace(d, effect=effect - effects[0]) for d, effect in zip(curve, effects)]
+    return Calibration(tuple(curve), curve[kept - 1].coefficient, budget)
 
 
-def within_budget(dose: Dose, plain: Dose) -> bool:
-    return (
-        dose.perplexity <= PERPLEXITY_BUDGET * plain.perplexity
-        and dose.repetition <= plain.repetition + REPETITION_BUDGET
+def measure(
+    many: Evaluator, programs: Sequence[Program], prompts: Sequence[Text], reply_tokens: int = REPLY_TOKENS
+) -> list[Dose]:
+    """The replies under each program, all evaluated together; of coefficient 1."""
+    replies = many.generate(
+        list(prompts) * len(programs), reply_tokens, programs=[p for p in programs for _ in prompts]
     )
+    scores = many.log_probabilities(replies)
+    return [
+        dose_of(many, replies[i : i + len(prompts)], scores[i : i + len(prompts)])
+        for i in range(0, len(replies), len(prompts))
+    ]
+
+
+def dose_of(many: Evaluator, replies: Sequence[Text], scores: Sequence[npt.NDArray[np.float64]]) -> Dose:
+    """What is measured of replies and their log-probabilities under the unsteered model."""
+    texts = [many.decode(reply.answer) for reply in replies]
+    repeated = float(np.mean([repetition(text) for text in texts]))
+    return Dose(1.0, perplexity(scores), repeated, distinct(texts, 2))
 
 
 def bake(vector: Vector, calibration: Calibration) -> Vector:
     """`vector` scaled so that 1.0 is the chosen dose, with the curve in its metadata."""
-    scale = calibration.chosen
-    curve: dict[str, MetaValue] = {
-        "calibration.dose": [dose.coefficient / scale for dose in calibration.curve],
-        "calibration.perplexity": [dose.perplexity for dose in calibration.curve],
-        "calibration.repetition": [dose.repetition for dose in calibration.curve],
-        "calibration.perplexity_budget": PERPLEXITY_BUDGET,
-        "calibration.repetition_budget": REPETITION_BUDGET,
+    scale, curve = calibration.chosen, calibration.curve
+    words: dict[str, MetaValue] = {
+        "calibration.dose": [dose.coefficient / scale for dose in curve],
+        "calibration.perplexity": [dose.perplexity for dose in curve],
+        "calibration.repetition": [dose.repetition for dose in curve],
+        "calibration.distinct": [dose.distinct for dose in curve],
+        "calibration.perplexity_budget": calibration.budget.perplexity,
+        "calibration.repetition_budget": calibration.budget.repetition,
     }
-    return bake_scale(vector, scale, curve)
+    if not np.isnan(curve[-1].effect):
+        words["calibration.effect"] = [dose.effect for dose in curve]
+    return bake_scale(vector, scale, words)
 
 
 def bake_scale(vector: Vector, scale: float, meta: Mapping[str, MetaValue] | None = None) -> Vector:
@@ -105,25 +191,3 @@ def bake_scale(vector: Vector, scale: float, meta: Mapping[str, MetaValue] | Non
     if isinstance(strength, list):
         kept["strength"] = [float(s) * abs(scale) for s in strength]
     return replace(scaled, name=vector.name, meta=kept)
-
-
-def repetition(text: str) -> float:
-    """Share of the word trigrams that occurred before in the same text; 0 for under three words."""
-    words = text.lower().split()
-    trigrams = list(zip(words, words[1:], words[2:]))
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
-
-
-def _measure(
-    llm: Any, steering: Steering, vector: Vector, coefficient: float, prompts: Sequence[str]
-) -> Dose:
-    log_probability, tokens, repeated = 0.0, 0, 0.0
-    for prompt in prompts:
-        question = chat_tokens(llm, [{"role": "user", "content": prompt}])
-        with steering(vector * coefficient):
-            reply = greedy_reply(llm, question, REPLY_TOKENS)
-        repeated += repetition(llm.detokenize(reply).decode(errors="replace"))
-        steering.clear()
-        log_probability += float(log_probabilities(llm, question, reply).sum())
-        tokens += len(reply)
-    return Dose(coefficient, math.exp(-log_probability / max(tokens, 1)), repeated / len(prompts))

@@ -20,7 +20,13 @@ from .making import bench, extract, pack
 from .showing import doctor, info, list_
 from .talking import chat, run
 
-_EXTRAS = {"llama_cpp": "llama", "safetensors": "hf", "torch": "hf", "transformers": "hf"}
+_EXTRAS = {
+    "llama_cpp": "llama",
+    "matplotlib": "report",
+    "safetensors": "hf",
+    "torch": "hf",
+    "transformers": "hf",
+}
 
 
 class _Commands(click.Group):

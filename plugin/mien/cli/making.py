@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import json_option, model_option, print_json, progress, threads_option
+from .options import json_option, model_option, print_json, stages, threads_option
 
 if TYPE_CHECKING:
     from ..vector import Vector
@@ -23,6 +23,20 @@ file = click.Path(path_type=Path)
 @click.option("--group", type=file, help="Folder with NAME.txt for each NAME: each against the mean of all.")
 @click.option("--template", type=file, help="Lines with {} where each text goes.")
 @click.option("--raw", is_flag=True, help="Take the texts as they stand: no chat template.")
+@click.option(
+    "--method",
+    type=click.Choice(["mean", "pca_diff", "pca_center", "logistic", "lda"]),
+    default="mean",
+    show_default=True,
+    help="How a direction is found. logistic and lda are probes, which edit(...) takes.",
+)
+@click.option(
+    "--read",
+    type=click.Choice(["last", "mean", "every"]),
+    default="last",
+    show_default=True,
+    help="The last token, the mean of the reply, or every token of it.",
+)
 @click.option("--layers", metavar="A-B", help="Blocks to keep. Default: all but block 0.")
 @click.option("--calibrate", type=file, help="Prompts, one a line: measure the dose and bake it in as 1.0.")
 @click.option("--scale", type=float, help="Bake in this factor instead of measuring one.")
@@ -39,6 +53,8 @@ def extract(
     group: Path | None,
     template: Path | None,
     raw: bool,
+    method: str,
+    read: str,
     layers: str | None,
     calibrate: Path | None,
     scale: float | None,
@@ -49,13 +65,13 @@ def extract(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Make vectors from contrast texts: a difference of means, a block.
+    """Make vectors from contrast texts.
 
     \b
     mien extract warm --positive warm.txt --negative cold.txt
     mien extract joy fear anger --group contrast/ --template template.txt
 
-    A line is "USER TEXT => REPLY OPENING", or the user's text alone; the last token is read.
+    A line is "USER TEXT => REPLY", or the user's text alone.
     """
     pairs = bool(positive and negative)
     if pairs == bool(group) or (pairs and len(names) != 1) or (bool(positive) != bool(negative)):
@@ -72,38 +88,36 @@ def extract(
 
     patterns = contrast.read_lines(template) if template else ["{}"]
 
-    def read(paths: tuple[Path, ...]) -> list[contrast.Sample]:
+    def texts(paths: tuple[Path, ...]) -> list[contrast.Sample]:
         return contrast.samples([line for path in paths for line in contrast.read_lines(path)], patterns)
 
-    members = {name: read((group / f"{name}.txt",)) for name in names} if group else {}
-    poles = (read(positive), read(negative)) if pairs else ([], [])
+    members = {name: texts((group / f"{name}.txt",)) for name in names} if group else {}
+    poles = (texts(positive), texts(negative)) if pairs else ([], [])
     prompts = contrast.read_lines(calibrate) if calibrate else []
+    from ..evaluation import evaluator
     from ..runtimes.llama_text import load_llama
 
-    path = find_model(model)
-    llm = load_llama(path, n_ctx=1024, n_threads=threads, n_batch=1024)
-    kept = _layers(layers)
+    many = evaluator(load_llama(find_model(model), n_ctx=1024, n_threads=threads))
+    stage = stages()
+    how: dict[str, Any] = {
+        "method": method,
+        "read": read,
+        "layers": _layers(layers),
+        "raw": raw,
+        "progress": stage("reading"),
+    }
     meta: dict[str, Any] = {"kind": kind, **({"licence": licence} if licence else {})}
     if group:
-        vectors = extract_group(
-            llm,
-            members,
-            layers=kept,
-            raw=raw,
-            meta={name: {**meta, "positive": name, "negative": "the mean of the group"} for name in names},
-            progress=progress("reading"),
-        )
+        whole = {name: {**meta, "positive": name, "negative": "the mean of the group"} for name in names}
+        vectors = extract_group(many, members, meta=whole, **how)
     else:
-        name = names[0]
-        poles_meta = {"positive": positive[0].stem, "negative": negative[0].stem}
-        made = extract_pair(
-            llm, name, *poles, layers=kept, raw=raw, meta={**meta, **poles_meta}, progress=progress("reading")
-        )
-        vectors = {name: made}
+        poles_meta = {**meta, "positive": positive[0].stem, "negative": negative[0].stem}
+        vectors = {names[0]: extract_pair(many, names[0], *poles, meta=poles_meta, **how)}
     if prompts:
-        vectors = _calibrated(llm, vectors, prompts)
+        vectors = {name: _calibrated(many, vector, prompts, stage) for name, vector in vectors.items()}
     elif scale is not None:
         vectors = {name: _scaled(vector, scale) for name, vector in vectors.items()}
+    many.close()
     report = []
     for name, vector in vectors.items():
         target = out / f"{name}.gguf"
@@ -132,15 +146,11 @@ def _scaled(vector: Vector, scale: float) -> Vector:
     return bake_scale(vector, scale)
 
 
-def _calibrated(llm: Any, vectors: dict[str, Vector], prompts: list[str]) -> dict[str, Vector]:
+def _calibrated(many: Any, vector: Vector, prompts: list[str], stage: Any) -> Vector:
     from ..calibration import bake, calibrate
-    from ..runtimes import attach
 
-    with attach(llm) as steering:
-        return {
-            name: bake(vector, calibrate(llm, steering, vector, prompts, progress=progress(f"dosing {name}")))
-            for name, vector in vectors.items()
-        }
+    texts = [many.text([{"role": "user", "content": prompt}]) for prompt in prompts]
+    return bake(vector, calibrate(many, vector, texts, progress=stage(f"dosing {vector.name}")))
 
 
 @click.group()
@@ -164,6 +174,85 @@ def build(folder: Path, name: str, version: str, licence: str, description: str,
 
 
 @pack.command()
+@click.argument("model", required=False, metavar="[MODEL.gguf]")
+@click.option("--out", "-o", type=file, help="The pack's folder. Default: its name, here.")
+@click.option("--name", help="Default: the model's name, in small letters.")
+@click.option("--version", default="1.0.0", show_default=True)
+@click.option("--licence", default="CC-BY-4.0", show_default=True, help="SPDX identifier to record.")
+@click.option("--description", default="")
+@click.option("--data", type=file, help="Folder of contrast data. Default: what comes with mien.")
+@click.option(
+    "--method",
+    type=click.Choice(["trained", "mean"]),
+    help="trained: by gradient, takes torch. mean: a difference of means. Default: trained, where torch is.",
+)
+@click.option("--layers", metavar="A-B", help="Blocks to steer. Default: from 20% to 95% of the depth.")
+@click.option("--perplexity", type=float, help="Budget: times that of the unsteered replies.")
+@click.option("--repetition", type=float, help="Budget: share of trigrams on top of the unsteered replies'.")
+@threads_option
+@json_option
+def make(
+    model: str | None,
+    out: Path | None,
+    name: str | None,
+    version: str,
+    licence: str,
+    description: str,
+    data: Path | None,
+    method: str | None,
+    layers: str | None,
+    perplexity: float | None,
+    repetition: float | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Make a whole pack for a chat model: directions, doses, and what they are worth.
+
+    Interrupted, it goes on where it was when it is called again.
+    """
+    from importlib.util import find_spec
+
+    from ..calibration import Budget
+    from ..corpus import Corpus
+    from ..evaluation import evaluator
+    from ..making import Maker, Settings, pack_name
+    from ..models import find_model
+    from ..runtimes.llama_text import load_llama
+
+    corpus, path = Corpus.read(data), find_model(model)
+    method = method or ("trained" if find_spec("torch") and find_spec("transformers") else "mean")
+    plain = Budget()
+    budget = Budget(perplexity or plain.perplexity, plain.repetition if repetition is None else repetition)
+    settings = Settings(method, tuple(_layers(layers) or ()), budget)
+
+    def trainable() -> Any:
+        import torch
+
+        from ..runtimes.hf_text import load_hf
+
+        if threads:
+            torch.set_num_threads(threads)
+        return load_hf(path)[0]
+
+    llm = load_llama(path, n_ctx=1024, n_threads=threads, flash_attn=True)
+    many = evaluator(llm)
+    try:
+        name = name or pack_name(many.fingerprint)
+        maker = Maker(
+            many,
+            corpus,
+            out or Path(name),
+            settings=settings,
+            trainable=trainable if method == "trained" else None,
+            stage=stages(),
+        )
+        made = maker.make(name=name, version=version, licence=licence, description=description)
+    finally:
+        many.close()
+    _report(made, as_json, "made")
+
+
+@pack.command()
 @click.argument("folder", type=file)
 @json_option
 def verify(folder: Path, as_json: bool) -> None:
@@ -181,6 +270,23 @@ def verify(folder: Path, as_json: bool) -> None:
         raise PackError("\n".join(problems))
     else:
         click.echo(f"{found.name} {found.version}: {len(found.entries)} vectors, all as the manifest says")
+
+
+@pack.command()
+@click.argument("name", metavar="PACK")
+@click.option("--out", "-o", type=file, help="The HTML file. Default: NAME.html here.")
+@click.option("--figures", type=file, help="Write the figures as PNG files into this folder, too.")
+@json_option
+def report(name: str, out: Path | None, figures: Path | None, as_json: bool) -> None:
+    """Write a page about PACK, a name or a folder: dose curves, layers, examples, cross effects."""
+    from ..report import write_report
+
+    found = _pack_named(name)
+    written = [str(path) for path in write_report(found, out or Path(f"{found.name}.html"), figures)]
+    if as_json:
+        print_json({"name": found.name, "version": found.version, "files": written})
+    else:
+        click.echo("\n".join(written))
 
 
 @pack.command()
@@ -225,18 +331,9 @@ def export(name: str, format: str, out: Path | None, force: bool, as_json: bool)
 
     NAME may be a pack's folder.
     """
-    from ..errors import NameNotFound
     from ..install import export as export_pack
-    from ..pack import Pack
-    from ..registry import Registry
 
-    known = {found.name: found for found in reversed(Registry().packs())}
-    if name in known:
-        found = known[name]
-    elif Path(name).is_dir():
-        found = Pack.read(name)
-    else:
-        raise NameNotFound(name, known, what="pack")
+    found = _pack_named(name)
     if format == "zip":
         target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
     else:
@@ -251,6 +348,20 @@ def export(name: str, format: str, out: Path | None, force: bool, as_json: bool)
         print_json(data)
     else:
         click.echo(str(target))
+
+
+def _pack_named(name: str) -> Any:
+    """The pack of that name on the search path, or in that folder."""
+    from ..errors import NameNotFound
+    from ..pack import Pack
+    from ..registry import Registry
+
+    known = {found.name: found for found in reversed(Registry().packs())}
+    if name in known:
+        return known[name]
+    if Path(name).is_dir():
+        return Pack.read(name)
+    raise NameNotFound(name, known, what="pack")
 
 
 def _report(found: Any, as_json: bool, verb: str) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import click
-
-T = TypeVar("T")
 
 model_option = click.option(
     "--model",
@@ -25,19 +23,27 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def progress(label: str) -> Callable[[Iterable[T], int], Iterator[T]]:
-    """Wraps an iteration of known length with a bar on a terminal, or a line now and then elsewhere."""
+def stages() -> Callable[[str], Callable[[int, int], None]]:
+    """Gives the progress for each stage: a bar on a terminal, elsewhere a line now and then."""
+    said = time.monotonic()
 
-    def wrap(items: Iterable[T], total: int) -> Iterator[T]:
-        if sys.stderr.isatty():
-            with click.progressbar(items, length=total, label=label, file=sys.stderr) as bar:
-                yield from bar
-            return
-        said = time.monotonic()
-        for i, item in enumerate(items):
-            if time.monotonic() - said > 15:
+    def stage(label: str) -> Callable[[int, int], None]:
+        bar: Any = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal bar, said
+            if sys.stderr.isatty():
+                if bar is None:
+                    bar = click.progressbar(length=total, label=f"{label:28}", file=sys.stderr)
+                    bar.render_progress()
+                bar.update(done - bar.pos)
+                if done >= total:
+                    bar.render_finish()
+                    bar = None
+            elif time.monotonic() - said > 15:
                 said = time.monotonic()
-                click.echo(f"{label}: {i} of {total}", err=True)
-            yield item
+                click.echo(f"{label}: {done} of {total}", err=True)
 
-    return wrap
+        return progress
+
+    return stage

@@ -1,20 +1,26 @@
 """A transformer in forty lines of NumPy that always runs.
 
 It is the reference in tests, and the first thing to read about runtimes: `NumpyModel.forward` shows
-where a program acts, and `NumpyRuntime` is everything that mien asks of a runtime.
+where a program acts, `NumpyRuntime` is everything that mien asks of a runtime, and `NumpyEvaluator` is what
+making vectors asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import reference
 from ..errors import RuntimeNotSupported, SiteNotFound
+from ..evaluation import Progress, Text, programs_of, require_room, silent
 from ..fingerprint import Fingerprint, vocabulary_digest
 from ..program import NOTHING, Program
-from ..steering import Applied, LayerApplied, Programs
+from ..recipe import RecipeLike
+from ..steering import Applied, LayerApplied, Programs, Steering
 from ..vector import Floats
 from ..watch import Watch
 
@@ -126,3 +132,90 @@ class NumpyRuntime:
 
     def release(self) -> None:
         self._model.on_site = None
+
+
+class NumpyEvaluator:
+    """Puts texts to a NumpyModel one by one. A word is a token, told by its letters; token 0 ends a turn."""
+
+    ROOM = 256
+
+    def __init__(self, model: NumpyModel) -> None:
+        self._model = model
+        self._steering = Steering(NumpyRuntime(model))
+        self.fingerprint = model.fingerprint
+
+    def close(self) -> None:
+        self._steering.detach()
+
+    def text(self, messages: Sequence[dict[str, str]], reply: str = "", *, raw: bool = False) -> Text:
+        given = self._words(" ".join(message["content"] for message in messages))
+        return Text(
+            (*(given if raw else [1, *given, 2]), *self._words(reply)), len(given) + (0 if raw else 2)
+        )
+
+    def _words(self, text: str) -> list[int]:
+        spare = len(self._model.embeddings) - 3
+        return [3 + zlib.crc32(word.encode()) % spare for word in re.findall(r"\w+|[^\w\s]", text.lower())]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join("abcdefghijklmnopqrstuvwxyz"[t % 26] + "x" * (t // 26) for t in tokens)
+
+    def compile(self, recipe: RecipeLike) -> Program:
+        return self._steering.compile(recipe)
+
+    def capture(
+        self,
+        texts: Sequence[Text],
+        layers: Sequence[int],
+        *,
+        last: bool = False,
+        programs: Sequence[Program] = (),
+        progress: Progress = silent,
+    ) -> Iterator[tuple[int, Floats]]:
+        require_room(texts, self.ROOM)
+        for i, (text, program) in enumerate(zip(texts, programs_of(programs, len(texts)))):
+            self._steering.set(program)
+            count = 1 if last else len(text.answer)
+            rows = self._steering.capture(text.tokens, layers, max(count, 1))
+            self._steering.clear()
+            yield i, rows[:, :count]
+            progress(i + 1, len(texts))
+
+    def log_probabilities(
+        self, texts: Sequence[Text], *, programs: Sequence[Program] = (), progress: Progress = silent
+    ) -> list[npt.NDArray[np.float64]]:
+        require_room(texts, self.ROOM)
+        found = []
+        for i, (text, program) in enumerate(zip(texts, programs_of(programs, len(texts)))):
+            logits = self._logits(text.tokens, program)
+            logits -= logits.max(axis=1, keepdims=True)
+            rows = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            found.append(rows[np.arange(text.reply, len(text.tokens)) - 1, list(text.answer)])
+            progress(i + 1, len(texts))
+        return found
+
+    def generate(
+        self,
+        prompts: Sequence[Text],
+        limit: int,
+        *,
+        programs: Sequence[Program] = (),
+        progress: Progress = silent,
+    ) -> list[Text]:
+        found = []
+        for i, (prompt, program) in enumerate(zip(prompts, programs_of(programs, len(prompts)))):
+            tokens = list(prompt.tokens)
+            for _ in range(limit):
+                token = int(self._logits(tokens, program)[-1].argmax())
+                if token == 0:
+                    break
+                tokens.append(token)
+            found.append(Text(tuple(tokens), prompt.reply))
+            progress(i + 1, len(prompts))
+        return found
+
+    def _logits(self, tokens: Sequence[int], program: Program) -> npt.NDArray[np.float64]:
+        self._steering.set(program)
+        logits = self._model.forward(tokens).astype(np.float64)
+        self._steering.clear()
+        return logits

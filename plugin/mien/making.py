@@ -1,0 +1,508 @@
+"""Making a pack for a model from a corpus: directions, then doses, then what they are worth.
+
+    maker = Maker(path, corpus, folder)
+    pack = maker.make(name="smollm2-135m-instruct", version="2.0.0", licence="Apache-2.0")
+
+Each stage is kept in the folder `.making` beside the pack and not done again, so that an interrupted run
+goes on where it was; what was made of other data, another model or other settings is not taken. The same run
+on the same machine gives the same bytes.
+
+Splits: directions come from the train split; dose and middle from the calibration split; everything that the
+files claim about a vector (accuracy, effect, leakage, examples) is measured on the test split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .calibration import Budget, Calibration, Dose, Poles, Scores, bake, calibrate, measure, raised
+from .contrast import Sample
+from .corpus import Corpus, Event, Group, Pair, Trait
+from .errors import MienError
+from .evaluation import Evaluator, Progress, Text
+from .extraction import Reading, middle, read_states, vector_between, vector_of
+from .fingerprint import Fingerprint
+from .judging import spearman
+from .pack import Pack, write_whole
+from .program import NOTHING, Program
+from .vector import Floats, MetaValue, Vector, purified
+
+METHODS = ("trained", "mean")
+PROMPTS = 6  # that a dose is measured on
+REPLY_TOKENS = 32
+COEFFICIENTS = {  # of the raw rows; trained ones are of a length that works
+    "trained": (0.25, 0.35, 0.5, 0.7, 1.0, 1.3, 1.7, 2.2),
+    "mean": (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45),
+}
+ITEMS = 8  # given replies of each pole that an effect is measured on
+FEW = 4  # items of the test split that each of nine doses is measured on; full dose is measured on all
+CROSS = 2  # items that cross effects are measured on
+DOSES = tuple(k / 8 for k in range(9))
+EXAMPLE_DOSES = (0.0, 0.25, 0.5, 0.75, 1.0)
+RANDOM = 2  # random directions that a vector is compared with
+MONOTONE = 0.95
+LEAK, KEEP, DROP = (
+    0.5,
+    0.9,
+    0.3,
+)  # of a vector's own effect: leaks that matter, what must stay; fall of the leak
+READ_TEXTS = 4
+FIRST, LAST = 0.2, 0.95  # blocks that are steered, as shares of the depth: the ends cost fluency
+
+Stage = Callable[[str], Progress]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """method: one of METHODS. layers: blocks to steer; () for those between FIRST and LAST of the depth."""
+
+    method: str = "trained"
+    layers: tuple[int, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+
+
+def pack_name(model: Fingerprint) -> str:
+    """What a pack for that model may be called."""
+    words = re.findall(r"[a-z0-9]+", f"{model.name or model.architecture}".lower())
+    return "-".join(words)[:64] or "pack"
+
+
+def quiet(_stage: str) -> Progress:
+    return lambda _done, _total: None
+
+
+class Maker:
+    """Makes one pack. stage: called with the name of what begins, it gives the progress for it."""
+
+    def __init__(
+        self,
+        many: Evaluator,
+        corpus: Corpus,
+        folder: str | Path,
+        *,
+        settings: Settings | None = None,
+        trainable: Callable[[], Any] | None = None,
+        stage: Stage = quiet,
+    ) -> None:
+        """many: the model. trainable: gives the model in transformers, for the method `trained`.
+
+        Raises MienError for an unknown method, layers that the model lacks, or nothing to train.
+        """
+        settings = settings or Settings()
+        if settings.method not in METHODS:
+            raise MienError(f"method: expected one of {', '.join(METHODS)}, got {settings.method!r}")
+        if settings.method == "trained" and trainable is None:
+            raise MienError("the method trained needs the model in transformers, too")
+        n_layer = many.fingerprint.n_layer
+        layers = settings.layers or range(max(1, round(FIRST * n_layer)), max(2, round(LAST * n_layer)) + 1)
+        self.layers = [layer for layer in layers if layer < n_layer]
+        self.many, self.corpus, self.folder, self.settings = many, corpus, Path(folder), settings
+        self._trainable, self._stage = trainable, stage
+        self._plains: dict[object, Dose] = {}
+        self._plain_scores: dict[object, Scores] = {}
+        self._cache = self.folder / ".making"
+        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings}"
+        self._key = hashlib.sha256(said.encode()).hexdigest()
+        self._families: dict[str, list[Trait | Group]] = {}
+        every: list[Trait | Group] = [*corpus.groups, *corpus.traits]
+        for entry in every:
+            self._families.setdefault(entry.family, []).append(entry)
+
+    def make(self, *, name: str, version: str, licence: str, description: str = "") -> Pack:
+        """All stages. Raises MienError; what was done before stays for the next time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        vectors: dict[str, Vector] = {}
+        for raw in self._raw():
+            vectors[raw.name] = self._calibrated(raw.name, raw)
+        for family in self._families.values():
+            self._purify([name for entry in family for name in _names(entry)], vectors)
+        read = self._readouts(vectors)
+        for vector in vectors.values():
+            found = self._evaluated(vector)
+            known = {**vector.meta, **found, **read[vector.name], "licence": licence}
+            replace(vector, meta=known).save(self.folder / f"{vector.name}.gguf")
+        return Pack.build(self.folder, name=name, version=version, licence=licence, description=description)
+
+    # ---- directions ----
+
+    def _raw(self) -> Iterator[Vector]:
+        """Every vector, of any length."""
+        rows = self._trained() if self.settings.method == "trained" else {}
+        for entries in self._families.values():
+            for entry in entries:
+                yield from (
+                    self._group(entry, rows) if isinstance(entry, Group) else [self._trait(entry, rows)]
+                )
+
+    def _trained(self) -> dict[str, Floats]:
+        """{name: rows} of every vector, a family at a time."""
+        rows: dict[str, Floats] = {}
+        model: Any = None
+        for family, entries in self._families.items():
+            path = self._cache / f"{family}.npz"
+            if (kept := self._load_rows(path)) is not None:
+                rows |= kept
+                continue
+            from .training import Example, train
+
+            assert self._trainable is not None
+            model = model or self._trainable()
+            examples = [
+                Example(name, coefficient, self._text(ask, reply))
+                for name, coefficient, ask, reply in _lessons(entries)
+            ]
+            progress = self._stage(f"training {family}")
+            rounds = 2 if isinstance(entries[0], Group) else 3  # of fewer texts
+            seed = self.settings.seed
+            found = train(model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
+            self._cache.mkdir(exist_ok=True)
+            with open(path, "wb") as file:
+                np.savez(file, key=np.array(self._key), **found)  # type: ignore[arg-type]
+            rows |= found
+        return rows
+
+    def _load_rows(self, path: Path) -> dict[str, Floats] | None:
+        if not path.exists():
+            return None
+        with np.load(path) as data:
+            if str(data["key"]) != self._key:
+                return None
+            return {name: data[name] for name in data.files if name != "key"}
+
+    def _group(self, group: Group, rows: Mapping[str, Floats]) -> list[Vector]:
+        def samples(events: Sequence[Event]) -> dict[str, list[Sample]]:
+            return {
+                name: [Sample(event.text, event.replies[name]) for event in events] for name in group.members
+            }
+
+        reading = self._read(samples(group.of("calibration", replied=True)), f"reading {group.family}")
+        test = self._read(samples(group.of("test", replied=True)[::2]), f"reading {group.family}")
+        if not rows:
+            reading = self._read(samples(group.of("train")), f"reading {group.family}")
+        meta = {
+            name: self._meta("emotion" if group.family == "emotions" else "trait", group.family)
+            | {"positive": positive, "negative": "the mean of the group"}
+            for name, positive in group.members.items()
+        }
+        return [self._vector(name, reading, name, rows, meta[name], test) for name in group.members]
+
+    def _trait(self, trait: Trait, rows: Mapping[str, Floats]) -> Vector:
+        def samples(pairs: Sequence[Pair]) -> dict[str, list[Sample]]:
+            return {
+                "positive": [Sample(pair.ask, pair.high) for pair in pairs],
+                "negative": [Sample(pair.ask, pair.low) for pair in pairs],
+            }
+
+        reading = self._read(samples(trait.of("calibration" if rows else "train")), f"reading {trait.name}")
+        test = self._read(samples(trait.of("test")[:FEW]), f"reading {trait.name}")
+        meta = self._meta("trait", trait.family) | {"positive": trait.positive, "negative": trait.negative}
+        return self._vector(trait.name, reading, "positive", rows, meta, test)
+
+    def _read(self, samples: Mapping[str, Sequence[Sample]], stage: str) -> Reading:
+        progress = self._stage(stage)
+        return read_states(self.many, samples, read="mean", layers=self.layers, progress=progress)
+
+    def _meta(self, kind: str, family: str) -> dict[str, MetaValue]:
+        return {"kind": kind, "family": family, "data_digest": self.corpus.digest}
+
+    def _vector(
+        self,
+        name: str,
+        reading: Reading,
+        positive: str,
+        rows: Mapping[str, Floats],
+        meta: Mapping[str, MetaValue],
+        test: Reading,
+    ) -> Vector:
+        if rows:
+            said = {
+                **meta,
+                "method": "trained on replies of both poles, from the last token of the prompt on",
+            }
+            vector = vector_of(name, rows[name], middle(reading), reading, said)
+        else:
+            vector = vector_between(
+                name, reading, positive, "mean", {**meta, "method": "mean, mean of the reply"}
+            )
+        accuracy = _accuracy(vector, test, positive)
+        return replace(vector, meta={**vector.meta, "accuracy": accuracy})
+
+    # ---- doses ----
+
+    def _calibrated(self, name: str, vector: Vector) -> Vector:
+        """The vector, scaled; name: of the stage, for a vector may be scaled again after it was purified."""
+        kept = self._load(f"dose-{name}")
+        if kept is None:
+            found = calibrate(
+                self.many,
+                vector,
+                self._prompts(vector.name, "calibration"),
+                coefficients=COEFFICIENTS[self.settings.method],
+                budget=self.settings.budget,
+                reply_tokens=REPLY_TOKENS,
+                plain=self._plain(vector.name),
+                progress=self._stage(f"dosing {name}"),
+            )
+            kept = {"curve": [asdict(dose) for dose in found.curve], "chosen": found.chosen}
+            self._save(f"dose-{name}", kept)
+        curve = tuple(Dose(**dose) for dose in kept["curve"])
+        return bake(vector, Calibration(curve, kept["chosen"], self.settings.budget))
+
+    def _plain(self, name: str) -> Dose:
+        """The unsteered replies to a vector's prompts."""
+        prompts = self._prompts(name, "calibration")
+        if (key := tuple(prompt.tokens for prompt in prompts)) not in self._plains:
+            self._plains[key] = measure(self.many, [NOTHING], prompts, REPLY_TOKENS)[0]
+        return self._plains[key]
+
+    # ---- what a vector does beside ----
+
+    def _purify(self, names: Sequence[str], vectors: dict[str, Vector]) -> None:
+        """Measure a family's cross effects, and take out of each vector what it shares where that helps.
+
+        Of the other that it brings about most: it is left out where at least KEEP of the vector's own effect
+        stays and the other falls by at least DROP. What was found is added to the metadata.
+        """
+        if len(names) < 2:
+            return
+        progress = self._stage(f"crossing {self._entry(names[0]).family}")
+        poles = {name: self._poles(name, "calibration", CROSS) for name in names}
+        before = {}
+        for i, name in enumerate(names):
+            before[name] = self._kept(f"cross-{name}", partial(self._effects, vectors[name], poles))
+            progress(i + 1, len(names))
+        for name in names:
+            effects = before[name]
+            other = max((o for o in names if o != name), key=lambda o: abs(effects[o]))
+            words: dict[str, MetaValue] = {"leakage.names": list(names)}
+            if effects[name] > 0 and abs(effects[other]) >= LEAK * effects[name]:
+                purer = replace(purified(vectors[name], [vectors[other]]), name=name)
+                purer = replace(purer, meta={**_lasting(vectors[name], purer), **purer.meta})
+                scaled = self._calibrated(f"{name}-purified", purer)
+                after = self._kept(f"cross-{name}-purified", partial(self._effects, scaled, poles))
+                words["leakage.before"] = [effects[o] for o in names]
+                words["leakage.tried"] = other
+                if after[name] >= KEEP * effects[name] and abs(after[other]) <= (1 - DROP) * abs(
+                    effects[other]
+                ):
+                    vectors[name], effects = scaled, after
+                    words["purified"] = other
+            words["leakage.effect"] = [effects[o] for o in names]
+            vectors[name] = replace(vectors[name], meta={**vectors[name].meta, **words})
+
+    def _effects(self, vector: Vector, poles: Mapping[str, Poles]) -> dict[str, float]:
+        """{name: by how much full dose of `vector` raises its GAP}."""
+        every = Poles([t for p in poles.values() for t in p.high], [t for p in poles.values() for t in p.low])
+        if (names := tuple(poles)) not in self._plain_scores:
+            self._plain_scores[names] = every.scores(self.many, [NOTHING])[0]
+        plain, steered = self._plain_scores[names], every.scores(self.many, [self.many.compile(vector)])[0]
+        found, start = {}, 0
+        for name, one in poles.items():
+            part = slice(start, start + len(one.high))
+            found[name] = raised(*((high[part], low[part]) for high, low in (plain, steered))).value
+            start = part.stop
+        return found
+
+    def _readouts(self, vectors: Mapping[str, Vector]) -> dict[str, dict[str, MetaValue]]:
+        """By vector, how far full dose of it moves each readout; 1: what that one adds to a layer itself."""
+        texts = [
+            self._text(event.text, "I see. Tell me what happened next, and how it was for you.")
+            for group in self.corpus.groups
+            for event in group.of("calibration")
+        ][:READ_TEXTS]
+        texts = texts or [
+            self._text(ask) for ask in (t.pairs[0].ask for t in self.corpus.traits[:READ_TEXTS])
+        ]
+        rows = np.stack([np.stack([v.directions[n] for n in self.layers]) for v in vectors.values()]).astype(
+            float
+        )
+        squares = (rows**2).sum(axis=(1, 2))
+
+        def states(program: Program) -> Any:
+            every = [program] * len(texts)
+            last = self.many.capture(texts, self.layers, last=True, programs=every)
+            return np.mean([state[:, 0] for _, state in last], axis=0, dtype=np.float64)
+
+        def moved(name: str) -> list[float]:
+            shift = states(self.many.compile(vectors[name])) - plain
+            return [float(x) for x in (rows * shift).sum(axis=(1, 2)) / squares]
+
+        plain, progress = states(NOTHING), self._stage("reading across")
+        found: dict[str, dict[str, MetaValue]] = {}
+        for i, name in enumerate(vectors):
+            found[name] = {
+                "readout.names": list(vectors),
+                "readout.moved": self._kept(f"read-{name}", partial(moved, name)),
+            }
+            progress(i + 1, len(vectors))
+        return found
+
+    # ---- what it is worth ----
+
+    def _evaluated(self, vector: Vector) -> dict[str, MetaValue]:
+        progress = self._stage(f"testing {vector.name}")
+        return dict(self._kept(f"test-{vector.name}", partial(self._evaluate, vector, progress)))
+
+    def _evaluate(self, vector: Vector, progress: Progress) -> dict[str, Any]:
+        many, few, all_ = self.many, *(self._poles(vector.name, "test", n) for n in (FEW, ITEMS))
+        programs = [many.compile(vector * dose) if dose else NOTHING for dose in DOSES]
+        random = [many.compile(_random_like(vector, k)) for k in range(RANDOM)]
+        effects = few.effect(many, [*programs, *random])
+        progress(1, 3)
+        plain, steered = all_.scores(many, [NOTHING, programs[-1]])
+        shift = raised(plain, steered)
+        progress(2, 3)
+        prompt = self._prompts(vector.name, "test")[0]
+        examples = many.generate(
+            [prompt] * len(EXAMPLE_DOSES),
+            48,
+            programs=[many.compile(vector * dose) if dose else NOTHING for dose in EXAMPLE_DOSES],
+        )
+        progress(3, 3)
+        found: dict[str, Any] = {
+            "test.dose": list(DOSES),
+            "test.curve": [effect - effects[0] for effect in effects[: len(DOSES)]],
+            "test.spearman": spearman(DOSES, effects[: len(DOSES)]),
+            "test.effect": shift.value,
+            "test.effect_interval": [shift.low, shift.high],
+            "test.items": shift.items,
+            "test.random_effect": [effect - effects[0] for effect in effects[len(DOSES) :]],
+            "example.prompt": self._ask(vector.name),
+            "example.dose": list(EXAMPLE_DOSES),
+            "example.reply": [many.decode(text.answer) for text in examples],
+        }
+        reasons = []
+        if not found["test.spearman"] >= MONOTONE:
+            reasons.append(
+                f"its effect does not grow steadily with the dose (Spearman {found['test.spearman']:.2f})"
+            )
+        if shift.low <= 0:
+            reasons.append("its effect on new replies is not told from none")
+        if found["test.curve"][-1] <= max(found["test.random_effect"]):
+            reasons.append("random directions of its length do as much")
+        return {**found, **({"weak": "; ".join(reasons)} if reasons else {})}
+
+    # ---- texts ----
+
+    def _entry(self, name: str) -> Trait | Group:
+        return next(
+            e
+            for entries in self._families.values()
+            for e in entries
+            if (name in e.members if isinstance(e, Group) else e.name == name)
+        )
+
+    def _text(self, ask: str, reply: str = "") -> Text:
+        return self.many.text([{"role": "user", "content": ask}], reply)
+
+    def _prompts(self, name: str, split: str) -> list[Text]:
+        """What a vector's doses are measured on: questions of its own, and events that fit any."""
+        entry = self._entry(name)
+        asks = [] if isinstance(entry, Group) else [pair.ask for pair in entry.of(split)][: PROMPTS // 2]
+        events = [event.text for group in self.corpus.groups for event in group.of(split)]
+        events = events[:: max(len(events) // PROMPTS, 1)]
+        return [self._text(ask) for ask in (asks + events)[:PROMPTS]]
+
+    def _ask(self, name: str) -> str:
+        entry = self._entry(name)
+        return entry.of("test")[0].text if isinstance(entry, Group) else entry.of("test")[0].ask
+
+    def _poles(self, name: str, split: str, limit: int = ITEMS) -> Poles:
+        entry = self._entry(name)
+        if isinstance(entry, Trait):
+            pairs = entry.of(split)[:limit]
+            return Poles(
+                [self._text(pair.ask, pair.high) for pair in pairs],
+                [self._text(pair.ask, pair.low) for pair in pairs],
+            )
+        events, members = entry.of(split, replied=True), list(entry.members)
+        events = events[:: max(len(events) // limit, 1)][:limit]
+        others = [member for member in members if member != name]
+        return Poles(
+            [self._text(event.text, event.replies[name]) for event in events],
+            [
+                self._text(event.text, event.replies[others[i % len(others)]])
+                for i, event in enumerate(events)
+            ],
+        )
+
+    # ---- what is kept between runs ----
+
+    def _kept(self, stage: str, find: Callable[[], Any]) -> Any:
+        """What `find` gives, or gave in an earlier run."""
+        kept = self._load(stage)
+        if kept is None:
+            kept = find()
+            self._save(stage, kept)
+        return kept
+
+    def _load(self, stage: str) -> Any:
+        path = self._cache / f"{stage}.json"
+        if not path.exists():
+            return None
+        try:
+            data = json.loads(path.read_text())
+        except ValueError:
+            return None
+        return data["kept"] if data.get("key") == self._key else None
+
+    def _save(self, stage: str, kept: Any) -> None:
+        self._cache.mkdir(exist_ok=True)
+        write_whole(self._cache / f"{stage}.json", json.dumps({"key": self._key, "kept": kept}).encode())
+
+
+def _names(entry: Trait | Group) -> list[str]:
+    return list(entry.members) if isinstance(entry, Group) else [entry.name]
+
+
+def _lasting(before: Vector, purer: Vector) -> dict[str, MetaValue]:
+    """What stays true of a vector once it is purified, and its new strength."""
+    gone = ("bias", "center", "scale", "accuracy")
+    kept = {k: v for k, v in before.meta.items() if k not in gone and not k.startswith("calibration.")}
+    norms = np.asarray(before.meta["stream_norm"])
+    lengths = np.linalg.norm(np.stack([purer.directions[n] for n in purer.layers]), axis=1)
+    return {**kept, "strength": [float(s) for s in lengths / norms]}
+
+
+def _lessons(entries: Sequence[Trait | Group]) -> Iterator[tuple[str, float, str, str]]:
+    """(name, coefficient, what is said, the reply to it) of the train split."""
+    for entry in entries:
+        if isinstance(entry, Group):
+            for event in entry.of("train"):
+                for name, reply in event.replies.items():
+                    yield name, 1.0, event.text, reply
+        else:
+            for pair in entry.of("train"):
+                yield entry.name, 1.0, pair.ask, pair.high
+                yield entry.name, -1.0, pair.ask, pair.low
+
+
+def _accuracy(vector: Vector, test: Reading, positive: str) -> list[float]:
+    """By layer, the share of new replies on the right side of the vector's middle, both sides alike."""
+    up = test.sets[positive].rows.astype(np.float64)
+    down = np.concatenate([s.rows for name, s in test.sets.items() if name != positive]).astype(np.float64)
+    rows = np.stack([vector.directions[layer] for layer in vector.layers]).astype(np.float64)
+    squares = (rows * rows).sum(axis=1)
+    read = [(states * rows).sum(axis=2) / squares - vector.center[:, 0] for states in (up, down)]
+    # Where the middle lies among the new texts is told by their own means: the calibration texts are few.
+    middle = (read[0].mean(axis=0) + read[1].mean(axis=0)) / 2
+    return [float(a) for a in ((read[0] > middle).mean(axis=0) + (read[1] < middle).mean(axis=0)) / 2]
+
+
+def _random_like(vector: Vector, seed: int) -> Vector:
+    """Random directions, at each layer as long as the vector's."""
+    random = np.random.default_rng(seed)
+    rows = np.stack([vector.directions[layer] for layer in vector.layers])
+    drawn = random.standard_normal(rows.shape)
+    drawn *= np.linalg.norm(rows, axis=1, keepdims=True) / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return Vector(f"random{seed}", vector.layers, drawn.astype(np.float32), vector.fingerprint)
