@@ -11,6 +11,7 @@ from makers import make_vector
 from mien.errors import RecipeError
 from mien.recipe import (
     DEFAULT_MARGIN,
+    LEVELS,
     MAX_DEPTH,
     MAX_GATES,
     MAX_LENGTH,
@@ -51,6 +52,8 @@ def terms(recipe: Recipe) -> list[tuple[float, Any]]:
         ("0*joy + fear", [(1.0, "fear")]),
         ("--joy", [(1.0, "joy")]),
         ("-(joy - 2*fear)*3", [(-3.0, "joy"), (6.0, "fear")]),
+        ("joy('slightly')", [(0.2, "joy")]),
+        ("2*joy('extremely') - fear('somewhat')", [(2.0, "joy"), (-0.4, "fear")]),
         ("1e-3*joy", [(0.001, "joy")]),
         ("1_000*joy", [(1000.0, "joy")]),
         ("0x10*joy", [(16.0, "joy")]),
@@ -612,7 +615,7 @@ ONLY_OPERATORS = "has no meaning in a recipe; use + - * /"
         ),
         ("joy(*calm)", f"Starred {ONLY}", 4),
         ("joy(x for x in calm)", f"GeneratorExp {ONLY}", 3),
-        ("joy('prompt')", f"Constant {ONLY}", 4),
+        ("joy('prompt')", f"expected a level ({', '.join(LEVELS)}) or a number, got 'prompt'", 4),
         ("joy(True)", f"Constant {ONLY}", 4),
         ("joy(when='prompt')(when='response')", "when is given twice for joy", 24),
         ("joy(when='prompt')(2, when='prompt')", "when is given twice for joy", 27),
@@ -809,3 +812,16 @@ def test_other_forms_are_refused(recipe: Any, problem: str) -> None:
     with pytest.raises(RecipeError) as caught:
         as_recipe(recipe)
     assert caught.value.problem == problem
+
+
+def test_levels_are_doses_that_grow_to_the_full_one() -> None:
+    doses = list(LEVELS.values())
+    assert doses == sorted(doses)
+    assert doses[-1] == 1.0
+    for name, dose in LEVELS.items():
+        assert parse(f'joy("{name}")') == parse(f"{dose}*joy")
+
+
+def test_an_unknown_level_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match=r"expected a level \(slightly, somewhat.*got 'much'"):
+        parse('joy("much")')

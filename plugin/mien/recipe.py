@@ -12,6 +12,7 @@ A recipe is a Python expression, parsed with `ast` and never evaluated as code: 
 calls. Calls on a vector or a sum say how much and when:
 
     x(0.7)                0.7 * x
+    x("slightly")         the same by name: slightly, somewhat, moderately, very, extremely (LEVELS)
     x(keep_norm=True)     add, and give the row its length back
     x(when="response")    only on tokens of the reply; "prompt": only on what the model is given
     x(start=5, stop=50)   only on these tokens of the reply, counted from 0, `stop` left out
@@ -52,6 +53,8 @@ MAX_GATES = 4  # around one term
 _LONG = 32  # terms of a sum that are written side by side: each is one level deeper than the next
 
 WINDOWS = ("all", "prompt", "response")
+# Doses by name: five levels in equal steps, as SAC grades a trait (arXiv 2506.20993), the highest full dose.
+LEVELS = {"slightly": 0.2, "somewhat": 0.4, "moderately": 0.6, "very": 0.8, "extremely": 1.0}
 # What makes a term of vectors; "add" is what a term is without one.
 OPERATORS = ("add", "ablate", "clamp", "edit", "scale", "force", "forbid")
 DEFAULT_MARGIN = math.log(0.99 / 0.01)  # the logit of a probability of 0.99, as in arXiv 2504.10227
@@ -349,13 +352,21 @@ class _Reader:
         value = self.value(node.func, depth + 1)
         if isinstance(value, float):
             raise self.error("a number can't be called; write * between a number and a vector", node)
-        doses = [self.value(argument, depth + 1) for argument in node.args]
+        doses = [self.dose(argument, depth + 1) for argument in node.args]
         if len(doses) > 1 or any(not isinstance(dose, float) for dose in doses):
             known = f"; operators are {', '.join(_CALLS)}" if node.args else ""
             raise self.error(f"a call takes one number, the dose, and keywords{known}", node)
         for dose in doses:
             self.scaled(value, dose, node)  # type: ignore[arg-type]  # floats, as checked; in place
         return self.windowed(value, node.keywords, depth)
+
+    def dose(self, node: ast.expr, depth: int) -> Linear:
+        """What stands in the parentheses of a vector: a number, or the name of a level."""
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            return self.value(node, depth)
+        if node.value not in LEVELS:
+            raise self.error(f"expected a level ({', '.join(LEVELS)}) or a number, got {node.value!r}", node)
+        return LEVELS[node.value]
 
     def operator(self, node: ast.Call, depth: int) -> Linear:
         """ablate, edit, force, forbid: of one vector, or of a sum of vectors."""

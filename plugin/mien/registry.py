@@ -88,6 +88,18 @@ class Registry:
         """Every pack that can be read, in the order of the search path."""
         return list(self._scanned()[0])
 
+    def pack(self, name: str) -> Pack:
+        """The pack of that name on the search path, or else in the folder of that name.
+
+        Raises NameNotFound, PackError.
+        """
+        known = {found.name: found for found in reversed(self.packs())}
+        if name in known:
+            return known[name]
+        if Path(name).is_dir():
+            return Pack.read(name)
+        raise NameNotFound(name, known, what="pack")
+
     @property
     def problems(self) -> list[Problem]:
         """Every pack, and entry of the search path, that could not be read."""

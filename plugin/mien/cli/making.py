@@ -279,9 +279,10 @@ def verify(folder: Path, as_json: bool) -> None:
 @json_option
 def report(name: str, out: Path | None, figures: Path | None, as_json: bool) -> None:
     """Write a page about PACK, a name or a folder: dose curves, layers, examples, cross effects."""
+    from ..registry import Registry
     from ..report import write_report
 
-    found = _pack_named(name)
+    found = Registry().pack(name)
     written = [str(path) for path in write_report(found, out or Path(f"{found.name}.html"), figures)]
     if as_json:
         print_json({"name": found.name, "version": found.version, "files": written})
@@ -332,8 +333,9 @@ def export(name: str, format: str, out: Path | None, force: bool, as_json: bool)
     NAME may be a pack's folder.
     """
     from ..install import export as export_pack
+    from ..registry import Registry
 
-    found = _pack_named(name)
+    found = Registry().pack(name)
     if format == "zip":
         target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
     else:
@@ -348,20 +350,6 @@ def export(name: str, format: str, out: Path | None, force: bool, as_json: bool)
         print_json(data)
     else:
         click.echo(str(target))
-
-
-def _pack_named(name: str) -> Any:
-    """The pack of that name on the search path, or in that folder."""
-    from ..errors import NameNotFound
-    from ..pack import Pack
-    from ..registry import Registry
-
-    known = {found.name: found for found in reversed(Registry().packs())}
-    if name in known:
-        return known[name]
-    if Path(name).is_dir():
-        return Pack.read(name)
-    raise NameNotFound(name, known, what="pack")
 
 
 def _report(found: Any, as_json: bool, verb: str) -> None:
