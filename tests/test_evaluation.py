@@ -18,8 +18,10 @@ from mien.errors import MienError, RuntimeNotSupported
 from mien.evaluation import Evaluator, Text, evaluator
 from mien.program import Program
 from mien.recipe import Recipe, as_recipe
+from mien.runtimes.llama_text import greedy_reply
 from mien.vector import Vector
 from numpy.typing import NDArray
+from tiny_hybrids import build_plamo2
 
 N_LAYER = 4
 
@@ -171,6 +173,41 @@ def test_both_runtimes_agree(small: tiny.Tiny) -> None:
     with closing(evaluator(load(small))) as one, closing(evaluator(small.model)) as other:
         for a, b in zip(one.log_probabilities(given), other.log_probabilities(given), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def longer() -> list[Text]:
+    """That outgrow the sliding windows of the models that have them, and begin alike for as long."""
+    random = np.random.default_rng(4)
+    start = random.integers(3, 120, tiny.WINDOW + 4).tolist()
+    return [Text((*start, *random.integers(3, 120, 3 + k).tolist()), len(start) - 2) for k in range(5)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3", "mixtral", "gpt2", "falcon"])
+@pytest.mark.parametrize("runtime", ["llama", "hf"])
+def test_other_families_share_what_they_can(family: str, runtime: str, tmp_path: Path) -> None:
+    model = tiny.build(family, tmp_path)
+    given = longer()
+    with closing(evaluator(load(model) if runtime == "llama" else model.model)) as many:
+        found = many.log_probabilities(given)
+    for text, scores in zip(given, found, strict=True):
+        with torch.no_grad():
+            logits = model.model(torch.tensor([text.tokens]), use_cache=False).logits[0].double()
+        every = torch.log_softmax(logits, dim=-1).numpy()
+        positions = np.arange(text.reply, len(text.tokens))
+        np.testing.assert_allclose(scores, every[positions - 1, list(text.answer)], atol=3e-4)
+
+
+def test_a_model_with_recurrent_memory_evaluates_each_text_alone(tmp_path: Path) -> None:
+    llm = llama_cpp.Llama(str(build_plamo2(tmp_path)), n_ctx=128, n_threads=2, verbose=False)
+    given = texts()[:6]
+    with closing(evaluator(llm)) as many:
+        states = dict(many.capture(given, [1, 2]))
+        replies = many.generate([Text(text.tokens[:10], 10) for text in given], 3)
+    with mien.attach(llm) as steering:
+        for i, text in enumerate(given):
+            expected = steering.capture(text.tokens, [1, 2], last=len(text.answer))
+            np.testing.assert_allclose(states[i], expected, atol=1e-4)
+            assert greedy_reply(llm, text.tokens[:10], 3) == list(replies[i].answer)
 
 
 @pytest.mark.parametrize(
