@@ -17,10 +17,12 @@ import pytest
 from click.testing import CliRunner, Result
 from mien.cli import cli
 from mien.cli.talking import side_by_side
+from mien.corpus import Corpus
 from mien.fingerprint import Fingerprint
 from mien.pack import Pack
 from mien.sites import of_heads
 from mien.vector import Vector
+from test_corpus import TRAIT, write
 
 QUESTION = "How was your day?"
 
@@ -335,6 +337,43 @@ def test_extract_makes_a_vector_that_run_takes(tmp_path: Path, monkeypatch: pyte
     invoke("pack", "install", ".")
     data = json.loads(invoke("run", QUESTION, "--steer", "mine.warm", "--max-tokens", "4", "--json").stdout)
     assert len(data["applied"]) == 11
+
+
+@pytest.mark.model
+def test_a_pack_is_made_reported_and_steers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data", {"manner/warm.toml": TRAIT})
+    arguments = ["--data", "data", "--name", "mine", "--layers", "10-12", "--perplexity", "50"]
+    made = json.loads(
+        invoke("pack", "make", *arguments, "--method", "mean", "--repetition", "1", "--json").stdout
+    )
+    assert made["vectors"] == ["warm"]
+    assert "all as the manifest says" in invoke("pack", "verify", "mine").stdout
+    meta = json.loads(invoke("info", "mine/warm.gguf", "--json").stdout)["meta"]
+    assert meta["data_digest"] == Corpus.read(tmp_path / "data").digest
+    assert len(meta["test.curve"]) == len(meta["test.dose"]) == 9
+    files = json.loads(invoke("pack", "report", "mine", "--figures", "figures", "--json").stdout)["files"]
+    assert {Path(file).name for file in files} == {"mine.html", "warm.png"}
+    assert meta["example.reply"][0].split()[0] in (tmp_path / "mine.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere"], "no such folder"),
+        (["--method", "guess"], "guess"),
+        (["nothing.gguf"], "no such file"),
+    ],
+)
+def test_a_pack_that_can_not_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    process = run_process(["pack", "make", *arguments])
+    assert process.returncode
+    assert words in process.stderr
+    assert "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.model
