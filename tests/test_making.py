@@ -281,7 +281,7 @@ def some_vector() -> Vector:
     )
 
 
-CURVE = {0.0: (5.0, 0.0), 0.2: (5.0, 0.0), 0.4: (6.0, 0.05), 0.6: (99.0, 0.0), 0.8: (5.0, 0.0)}
+CURVE = {0.0: (5.0, 0.0), 0.2: (5.0, 0.3), 0.4: (6.0, 0.05), 0.6: (99.0, 0.0), 0.8: (5.0, 0.0)}
 
 
 def test_the_dose_is_the_largest_before_a_budget_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,8 @@ def test_the_dose_is_the_largest_before_a_budget_is_left(monkeypatch: pytest.Mon
     monkeypatch.setattr(calibration, "AT_ONCE", 2)
     doses = [0.8, 0.2, 0.4, 0.6, 1.0]
     found = calibrate(Compiles(), some_vector(), [], coefficients=doses)  # type: ignore[arg-type]
-    assert found.chosen == 0.4  # 0.8 keeps to the budget again, by chance
+    assert found.chosen == 0.4  # 0.2 repeats itself; 0.8 keeps to the budget again, by chance
+    assert found.holds
     measured = [dose.coefficient for dose in found.curve]
     assert measured == [0.0, 0.2, 0.4, 0.6, 0.8]  # and not beyond
     assert measured == scripted.asked
@@ -299,8 +300,16 @@ def test_the_dose_is_the_largest_before_a_budget_is_left(monkeypatch: pytest.Mon
 
 def test_no_fluent_dose_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "measure", Scripted({0.0: (5.0, 0.0), 0.2: (50.0, 0.0)}))
-    with pytest.raises(MienError, match=r"already at 0\.2"):
+    with pytest.raises(MienError, match=r"no dose keeps to the budget; already at 0\.2"):
         calibrate(Compiles(), some_vector(), [], coefficients=[0.2])  # type: ignore[arg-type]
+
+
+def test_where_none_is_fluent_the_least_repetitive_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = {0.0: (5.0, 0.0), 0.2: (6.0, 0.4), 0.4: (7.0, 0.3), 0.6: (99.0, 0.0)}
+    monkeypatch.setattr(calibration, "measure", Scripted(curve))
+    doses = [0.2, 0.4, 0.6]
+    found = calibrate(Compiles(), some_vector(), [], coefficients=doses, strict=False)  # type: ignore[arg-type]
+    assert (found.chosen, found.holds) == (0.4, False)
 
 
 def test_what_is_measured_of_replies(many: Evaluator) -> None:

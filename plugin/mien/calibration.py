@@ -43,11 +43,12 @@ class Budget:
     perplexity: float = 3.0
     repetition: float = 0.10
 
+    def broken(self, dose: Dose, plain: Dose) -> bool:
+        """Whether the perplexity is over it."""
+        return dose.perplexity > self.perplexity * plain.perplexity
+
     def holds(self, dose: Dose, plain: Dose) -> bool:
-        return (
-            dose.perplexity <= self.perplexity * plain.perplexity
-            and dose.repetition <= self.repetition + plain.repetition
-        )
+        return not self.broken(dose, plain) and dose.repetition <= self.repetition + plain.repetition
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class Calibration:
     curve: tuple[Dose, ...]
     chosen: float
     budget: Budget
+
+    @property
+    def holds(self) -> bool:
+        """Whether the chosen dose keeps to the budget."""
+        dose = next(dose for dose in self.curve if dose.coefficient == self.chosen)
+        return self.budget.holds(dose, self.curve[0])
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,18 @@ def calibrate(
     budget: Budget | None = None,
     reply_tokens: int = REPLY_TOKENS,
     plain: Dose | None = None,
+    strict: bool = True,
     progress: Progress = silent,
 ) -> Calibration:
-    """Measure `vector` at growing coefficients until the budget is left.
+    """Measure `vector` at growing coefficients until the budget of perplexity is left.
 
     prompts: what the model replies to. poles: to measure the effect, too. plain: the measure of the
-    unsteered replies, if it is known. Every dose of the curve, the chosen one with them, was measured.
-    Raises MienError where even the smallest coefficient leaves the budget.
+    unsteered replies, if it is known. strict: raise MienError where no coefficient keeps to the budget; else
+    the one below the budget of perplexity that repeats least is chosen, and `holds` says that it does not.
+
+    Chosen is the largest that keeps to the budget before perplexity first leaves it. Repetition does not grow
+    steadily with the dose, as perplexity does, so that it has a say at each dose alone. Every dose of the
+    curve, the chosen one with them, was measured.
     """
     budget = budget or Budget()
     plain = plain or measure(many, [NOTHING], prompts, reply_tokens)[0]
@@ -128,21 +140,24 @@ def calibrate(
         found = measure(many, [many.compile(vector * c) for c in part], prompts, reply_tokens)
         curve += (replace(dose, coefficient=c) for dose, c in zip(found, part))
         progress(len(curve) - 1, len(ascending))
-        if not all(budget.holds(dose, plain) for dose in curve):
+        if any(budget.broken(dose, plain) for dose in curve):
             break
     progress(len(ascending), len(ascending))
     # Up to the first that leaves it: a larger dose that keeps to it again does so by chance.
-    kept = next((i for i, dose in enumerate(curve) if not budget.holds(dose, plain)), len(curve))
-    if kept < 2:
+    end = next((i for i, dose in enumerate(curve) if budget.broken(dose, plain)), len(curve))
+    fluent = [dose for dose in curve[1:end] if budget.holds(dose, plain)]
+    if not fluent and strict:
         raise MienError(
-            f"{vector.name}: already at {ascending[0]:g} times its length the replies have perplexity "
-            f"{curve[1].perplexity:.1f} (unsteered {plain.perplexity:.1f}) and repetition "
-            f"{curve[1].repetition:.2f} (unsteered {plain.repetition:.2f}); use fewer layers or other texts"
+            f"{vector.name}: no dose keeps to the budget; already at {ascending[0]:g} times its length the "
+            f"replies have perplexity {curve[1].perplexity:.1f} (unsteered {plain.perplexity:.1f}) and "
+            f"repetition {curve[1].repetition:.2f} (unsteered {plain.repetition:.2f}); use fewer layers or "
+            "other texts"
         )
     if poles is not None:
         effects = poles.effect(many, [many.compile(vector * d.coefficient) for d in curve])
         curve = [replace(d, effect=effect - effects[0]) for d, effect in zip(curve, effects)]
-    return Calibration(tuple(curve), curve[kept - 1].coefficient, budget)
+    chosen = fluent[-1] if fluent else min(curve[1 : max(end, 2)], key=lambda dose: dose.repetition)
+    return Calibration(tuple(curve), chosen.coefficient, budget)
 
 
 def measure(

@@ -40,7 +40,7 @@ METHODS = ("trained", "mean")
 PROMPTS = 6  # that a dose is measured on
 REPLY_TOKENS = 32
 COEFFICIENTS = {  # of the raw rows; trained ones are of a length that works
-    "trained": (0.25, 0.35, 0.5, 0.7, 1.0, 1.3, 1.7, 2.2),
+    "trained": (0.25, 0.35, 0.45, 0.55, 0.7, 0.9, 1.2, 1.6),
     "mean": (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45),
 }
 ITEMS = 8  # given replies of each pole that an effect is measured on
@@ -251,12 +251,15 @@ class Maker:
                 budget=self.settings.budget,
                 reply_tokens=REPLY_TOKENS,
                 plain=self._plain(vector.name),
+                strict=False,
                 progress=self._stage(f"dosing {name}"),
             )
             kept = {"curve": [asdict(dose) for dose in found.curve], "chosen": found.chosen}
             self._save(f"dose-{name}", kept)
         curve = tuple(Dose(**dose) for dose in kept["curve"])
-        return bake(vector, Calibration(curve, kept["chosen"], self.settings.budget))
+        found = Calibration(curve, kept["chosen"], self.settings.budget)
+        baked = bake(vector, found)
+        return replace(baked, meta={**baked.meta, "calibration.holds": found.holds})
 
     def _plain(self, name: str) -> Dose:
         """The unsteered replies to a vector's prompts."""
@@ -381,7 +384,7 @@ class Maker:
             "example.dose": list(EXAMPLE_DOSES),
             "example.reply": [many.decode(text.answer) for text in examples],
         }
-        reasons = []
+        reasons = [] if vector.meta["calibration.holds"] else ["no dose of it keeps to the budget"]
         if not found["test.spearman"] >= MONOTONE:
             reasons.append(
                 f"its effect does not grow steadily with the dose (Spearman {found['test.spearman']:.2f})"
