@@ -35,6 +35,7 @@ from .judging import spearman
 from .pack import Pack, write_whole
 from .program import NOTHING, Program
 from .vector import Floats, MetaValue, Vector, purified
+from .vectorfile import load
 
 METHODS = ("trained", "mean")
 PROMPTS = 6  # that a dose is measured on
@@ -111,7 +112,10 @@ class Maker:
         self._plains: dict[object, Dose] = {}
         self._plain_scores: dict[object, Scores] = {}
         self._cache = self.folder / ".making"
-        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings}"
+        trained = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed}"
+        self._trained_key = hashlib.sha256(trained.encode()).hexdigest()
+        how = COEFFICIENTS, PROMPTS, REPLY_TOKENS, ITEMS, FEW, CROSS, RANDOM, READ_TEXTS, DOSES
+        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings} {how}"
         self._key = hashlib.sha256(said.encode()).hexdigest()
         self._families: dict[str, list[Trait | Group]] = {}
         every: list[Trait | Group] = [*corpus.groups, *corpus.traits]
@@ -140,9 +144,25 @@ class Maker:
         rows = self._trained() if self.settings.method == "trained" else {}
         for entries in self._families.values():
             for entry in entries:
-                yield from (
-                    self._group(entry, rows) if isinstance(entry, Group) else [self._trait(entry, rows)]
-                )
+                kept = [vector for name in _names(entry) if (vector := self._load_vector(name))]
+                if len(kept) < len(_names(entry)):
+                    self._cache.mkdir(exist_ok=True)
+                    for vector in (
+                        self._group(entry, rows) if isinstance(entry, Group) else [self._trait(entry, rows)]
+                    ):
+                        known = {**vector.meta, "making": self._key}
+                        replace(vector, meta=known).save(self._cache / f"{vector.name}.gguf")
+                    # Read again, since a file rounds: a run that goes on has the same numbers.
+                    kept = [vector for name in _names(entry) if (vector := self._load_vector(name))]
+                yield from kept
+
+    def _load_vector(self, name: str) -> Vector | None:
+        path = self._cache / f"{name}.gguf"
+        if not path.exists():
+            return None
+        vector = load(path)
+        meta = dict(vector.meta)
+        return replace(vector, meta=meta) if meta.pop("making", None) == self._key else None
 
     def _trained(self) -> dict[str, Floats]:
         """{name: rows} of every vector, a family at a time."""
@@ -167,7 +187,7 @@ class Maker:
             found = train(model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
             self._cache.mkdir(exist_ok=True)
             with open(path, "wb") as file:
-                np.savez(file, key=np.array(self._key), **found)  # type: ignore[arg-type]
+                np.savez(file, key=np.array(self._trained_key), **found)  # type: ignore[arg-type]
             rows |= found
         return rows
 
@@ -175,7 +195,7 @@ class Maker:
         if not path.exists():
             return None
         with np.load(path) as data:
-            if str(data["key"]) != self._key:
+            if str(data["key"]) != self._trained_key:
                 return None
             return {name: data[name] for name in data.files if name != "key"}
 
@@ -241,8 +261,8 @@ class Maker:
 
     def _calibrated(self, name: str, vector: Vector) -> Vector:
         """The vector, scaled; name: of the stage, for a vector may be scaled again after it was purified."""
-        kept = self._load(f"dose-{name}")
-        if kept is None:
+
+        def find() -> dict[str, Any]:
             found = calibrate(
                 self.many,
                 vector,
@@ -254,8 +274,9 @@ class Maker:
                 strict=False,
                 progress=self._stage(f"dosing {name}"),
             )
-            kept = {"curve": [asdict(dose) for dose in found.curve], "chosen": found.chosen}
-            self._save(f"dose-{name}", kept)
+            return {"curve": [asdict(dose) for dose in found.curve], "chosen": found.chosen}
+
+        kept = self._kept(f"dose-{name}", find, vector)
         curve = tuple(Dose(**dose) for dose in kept["curve"])
         found = Calibration(curve, kept["chosen"], self.settings.budget)
         baked = bake(vector, found)
@@ -282,7 +303,9 @@ class Maker:
         poles = {name: self._poles(name, "calibration", CROSS) for name in names}
         before = {}
         for i, name in enumerate(names):
-            before[name] = self._kept(f"cross-{name}", partial(self._effects, vectors[name], poles))
+            before[name] = self._kept(
+                f"cross-{name}", partial(self._effects, vectors[name], poles), vectors[name]
+            )
             progress(i + 1, len(names))
         for name in names:
             effects = before[name]
@@ -292,7 +315,8 @@ class Maker:
                 purer = replace(purified(vectors[name], [vectors[other]]), name=name)
                 purer = replace(purer, meta={**_lasting(vectors[name], purer), **purer.meta})
                 scaled = self._calibrated(f"{name}-purified", purer)
-                after = self._kept(f"cross-{name}-purified", partial(self._effects, scaled, poles))
+                find = partial(self._effects, scaled, poles)
+                after = self._kept(f"cross-{name}-purified", find, scaled)
                 words["leakage.before"] = [effects[o] for o in names]
                 words["leakage.tried"] = other
                 if after[name] >= KEEP * effects[name] and abs(after[other]) <= (1 - DROP) * abs(
@@ -345,7 +369,7 @@ class Maker:
         for i, name in enumerate(vectors):
             found[name] = {
                 "readout.names": list(vectors),
-                "readout.moved": self._kept(f"read-{name}", partial(moved, name)),
+                "readout.moved": self._kept(f"read-{name}", partial(moved, name), *vectors.values()),
             }
             progress(i + 1, len(vectors))
         return found
@@ -354,7 +378,7 @@ class Maker:
 
     def _evaluated(self, vector: Vector) -> dict[str, MetaValue]:
         progress = self._stage(f"testing {vector.name}")
-        return dict(self._kept(f"test-{vector.name}", partial(self._evaluate, vector, progress)))
+        return dict(self._kept(f"test-{vector.name}", partial(self._evaluate, vector, progress), vector))
 
     def _evaluate(self, vector: Vector, progress: Progress) -> dict[str, Any]:
         many, few, all_ = self.many, *(self._poles(vector.name, "test", n) for n in (FEW, ITEMS))
@@ -441,27 +465,21 @@ class Maker:
 
     # ---- what is kept between runs ----
 
-    def _kept(self, stage: str, find: Callable[[], Any]) -> Any:
-        """What `find` gives, or gave in an earlier run."""
-        kept = self._load(stage)
-        if kept is None:
-            kept = find()
-            self._save(stage, kept)
-        return kept
-
-    def _load(self, stage: str) -> Any:
+    def _kept(self, stage: str, find: Callable[[], Any], *of: Vector) -> Any:
+        """What `find` gives, or gave in an earlier run of the same vectors."""
         path = self._cache / f"{stage}.json"
-        if not path.exists():
-            return None
-        try:
-            data = json.loads(path.read_text())
-        except ValueError:
-            return None
-        return data["kept"] if data.get("key") == self._key else None
-
-    def _save(self, stage: str, kept: Any) -> None:
+        key = " ".join([self._key, *(vector.digest for vector in of)])
+        if path.exists():
+            try:
+                data = json.loads(path.read_text())
+            except ValueError:  # it was being written
+                data = {}
+            if data.get("key") == key:
+                return data["found"]
+        found = find()
         self._cache.mkdir(exist_ok=True)
-        write_whole(self._cache / f"{stage}.json", json.dumps({"key": self._key, "kept": kept}).encode())
+        write_whole(path, json.dumps({"key": key, "found": found}).encode())
+        return found
 
 
 def _names(entry: Trait | Group) -> list[str]:
