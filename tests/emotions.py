@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from judge import judge, repetition, strongest
+from judge import judge, strongest
+from mien.judging import repetition
 
 DATA = Path(__file__).parent / "data"
 EMOTIONS = ("joy", "sadness", "anger", "fear", "calm")

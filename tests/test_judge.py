@@ -6,8 +6,10 @@ judge does on other text (see its docstring for the limits).
 
 import sys
 
+import numpy as np
 import pytest
-from judge import EMOTIONS, emotions_of, judge, repetition, strongest
+from judge import EMOTIONS, emotions_of, judge, strongest
+from mien.judging import distinct, gap, perplexity, repetition, spearman
 
 SENTENCES = [
     ("joy", "I am so happy that I could dance and sing in the sunshine!"),
@@ -98,3 +100,40 @@ def test_the_lexicon_is_read_without_importing_its_package() -> None:
 )
 def test_repetition(text: str, share: float) -> None:
     assert repetition(text) == share
+
+
+# mien.judging: what is measured without a lexicon.
+
+
+def test_distinct_counts_n_grams_of_all_texts() -> None:
+    assert distinct(["a b c", "a b"], 2) == 2 / 3
+    assert distinct(["a b", "A, b!"], 1) == 0.5
+    assert distinct([""], 2) == 0.0
+
+
+def test_perplexity_is_over_all_tokens() -> None:
+    scores = [np.log([0.5, 0.5]), np.log([0.125])]
+    assert perplexity(scores) == pytest.approx((2 * 2 * 8) ** (1 / 3))
+    assert np.isnan(perplexity([]))
+
+
+def test_gap_is_a_mean_over_items_of_means_over_tokens() -> None:
+    high = [np.array([-1.0, -3.0]), np.array([-1.0])]
+    low = [np.array([-4.0]), np.array([-2.0, -2.0, -2.0])]
+    found = gap(high, low)
+    assert found.value == pytest.approx((2 + 1) / 2)
+    assert (found.low, found.high, found.items) == (1.0, 2.0, 2)
+    assert gap(high, low) == found
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1, 2, 3], [10, 20, 90], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 3, 4], [1, 1, 2, 2], 0.8944271909999159),  # ties share their mean rank
+    ],
+)
+def test_spearman_is_of_ranks(a: list[float], b: list[float], expected: float) -> None:
+    assert spearman(a, b) == pytest.approx(expected)
+    assert np.isnan(spearman(a, [5.0] * len(a)))
