@@ -92,6 +92,7 @@ def extract(
             "method": f"{method}, {READS[read]}",
             "data_digest": digest(*sides.values()),
             "samples": list(counts.values()),
+            "accuracy": held_out_accuracy(reading, "positive", method),
         },
     )
 
@@ -134,6 +135,7 @@ def extract_group(
                 "method": f"{method}, {READS[read]}, from the mean of {', '.join(samples)}",
                 "data_digest": data,
                 "samples": [len(samples[name]), everything],
+                "accuracy": held_out_accuracy(reading, name, method),
             },
         )
         for name in samples
@@ -242,14 +244,12 @@ def vector_between(
     name: str, reading: Reading, positive: str, method: str, meta: Mapping[str, MetaValue]
 ) -> Vector:
     """The vector from the other sets of `reading` to the set `positive`, with what is known of it."""
-    rows = np.stack([_direction(reading, positive, i, method).row for i in range(len(reading.layers))])
-    bias = None
-    if method in ("logistic", "lda"):
-        bias = [float(_direction(reading, positive, i, method).bias or 0.0) for i in range(len(rows))]
-    else:
+    found = [_direction(reading, positive, i, method) for i in range(len(reading.layers))]
+    rows = np.stack([direction.row for direction in found])
+    bias = [direction.bias for direction in found if direction.bias is not None]
+    if not bias and not _is_group(reading):
         rows = np.stack([_lengthened(reading, positive, i, row) for i, row in enumerate(rows)])
-    accuracy = held_out_accuracy(reading, positive, method)
-    return vector_of(name, rows, middle(reading), reading, {**meta, "accuracy": accuracy}, bias)
+    return vector_of(name, rows, middle(reading), reading, meta, bias or None)
 
 
 def vector_of(
@@ -317,11 +317,7 @@ def _split(
 def _lengthened(reading: Reading, positive: str, layer: int, row: methods.States) -> methods.States:
     up, downs = _split(reading, positive, layer, frozenset())
     try:
-        return (
-            methods.to_length(methods.Direction(row), up, np.concatenate(downs))
-            if not _is_group(reading)
-            else row
-        )
+        return methods.to_length(methods.Direction(row), up, np.concatenate(downs))
     except MienError as error:
         raise MienError(f"block {reading.layers[layer]}: {error}; are both sides the same texts?") from None
 

@@ -48,7 +48,7 @@ ITEMS = 8  # given replies of each pole that an effect is measured on
 FEW = 4  # items of the test split that each of nine doses is measured on; full dose is measured on all
 CROSS = 2  # items that cross effects are measured on
 DOSES = tuple(k / 8 for k in range(9))
-EXAMPLE_DOSES = (0.0, 0.25, 0.5, 0.75, 1.0)
+EXAMPLE_DOSES = DOSES[::2]
 RANDOM = 2  # random directions that a vector is compared with
 MONOTONE = 0.95
 LEAK, KEEP, DROP = (
@@ -205,10 +205,9 @@ class Maker:
                 name: [Sample(event.text, event.replies[name]) for event in events] for name in group.members
             }
 
-        reading = self._read(samples(group.of("calibration", replied=True)), f"reading {group.family}")
+        split = "calibration" if rows else "train"
+        reading = self._read(samples(group.of(split, replied=True)), f"reading {group.family}")
         test = self._read(samples(group.of("test", replied=True)[::2]), f"reading {group.family}")
-        if not rows:
-            reading = self._read(samples(group.of("train")), f"reading {group.family}")
         meta = {
             name: self._meta("emotion" if group.family == "emotions" else "trait", group.family)
             | {"positive": positive, "negative": "the mean of the group"}
@@ -245,17 +244,12 @@ class Maker:
         test: Reading,
     ) -> Vector:
         if rows:
-            said = {
-                **meta,
-                "method": "trained on replies of both poles, from the last token of the prompt on",
-            }
-            vector = vector_of(name, rows[name], middle(reading), reading, said)
+            how = "trained on replies of both poles, from the last token of the prompt on"
+            vector = vector_of(name, rows[name], middle(reading), reading, {**meta, "method": how})
         else:
-            vector = vector_between(
-                name, reading, positive, "mean", {**meta, "method": "mean, mean of the reply"}
-            )
-        accuracy = _accuracy(vector, test, positive)
-        return replace(vector, meta={**vector.meta, "accuracy": accuracy})
+            how = "mean, mean of the reply"
+            vector = vector_between(name, reading, positive, "mean", {**meta, "method": how})
+        return replace(vector, meta={**vector.meta, "accuracy": _accuracy(vector, test, positive)})
 
     # ---- doses ----
 
@@ -312,8 +306,8 @@ class Maker:
             other = max((o for o in names if o != name), key=lambda o: abs(effects[o]))
             words: dict[str, MetaValue] = {"leakage.names": list(names)}
             if effects[name] > 0 and abs(effects[other]) >= LEAK * effects[name]:
-                purer = replace(purified(vectors[name], [vectors[other]]), name=name)
-                purer = replace(purer, meta={**_lasting(vectors[name], purer), **purer.meta})
+                purer = purified(vectors[name], [vectors[other]])
+                purer = replace(purer, name=name, meta={**_lasting(vectors[name], purer), **purer.meta})
                 scaled = self._calibrated(f"{name}-purified", purer)
                 find = partial(self._effects, scaled, poles)
                 after = self._kept(f"cross-{name}-purified", find, scaled)
@@ -393,7 +387,7 @@ class Maker:
         examples = many.generate(
             [prompt] * len(EXAMPLE_DOSES),
             48,
-            programs=[many.compile(vector * dose) if dose else NOTHING for dose in EXAMPLE_DOSES],
+            programs=[programs[DOSES.index(dose)] for dose in EXAMPLE_DOSES],
         )
         progress(3, 3)
         found: dict[str, Any] = {
@@ -509,12 +503,11 @@ def _lessons(entries: Sequence[Trait | Group]) -> Iterator[tuple[str, float, str
 
 
 def _accuracy(vector: Vector, test: Reading, positive: str) -> list[float]:
-    """By layer, the share of new replies on the right side of the vector's middle, both sides alike."""
+    """By layer, the share of new replies on the right side of the middle, both sides alike."""
     up = test.sets[positive].rows.astype(np.float64)
     down = np.concatenate([s.rows for name, s in test.sets.items() if name != positive]).astype(np.float64)
     rows = np.stack([vector.directions[layer] for layer in vector.layers]).astype(np.float64)
-    squares = (rows * rows).sum(axis=1)
-    read = [(states * rows).sum(axis=2) / squares - vector.center[:, 0] for states in (up, down)]
+    read = [(states * rows).sum(axis=2) for states in (up, down)]
     # Where the middle lies among the new texts is told by their own means: the calibration texts are few.
     middle = (read[0].mean(axis=0) + read[1].mean(axis=0)) / 2
     return [float(a) for a in ((read[0] > middle).mean(axis=0) + (read[1] < middle).mean(axis=0)) / 2]

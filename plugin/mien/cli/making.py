@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def extract(
     from ..evaluation import evaluator
     from ..runtimes.llama_text import load_llama
 
-    many = evaluator(load_llama(find_model(model), n_ctx=1024, n_threads=threads))
+    llm = load_llama(find_model(model), n_ctx=1024, n_threads=threads)
     stage = stages()
     how: dict[str, Any] = {
         "method": method,
@@ -107,17 +108,17 @@ def extract(
         "progress": stage("reading"),
     }
     meta: dict[str, Any] = {"kind": kind, **({"licence": licence} if licence else {})}
-    if group:
-        whole = {name: {**meta, "positive": name, "negative": "the mean of the group"} for name in names}
-        vectors = extract_group(many, members, meta=whole, **how)
-    else:
-        poles_meta = {**meta, "positive": positive[0].stem, "negative": negative[0].stem}
-        vectors = {names[0]: extract_pair(many, names[0], *poles, meta=poles_meta, **how)}
-    if prompts:
-        vectors = {name: _calibrated(many, vector, prompts, stage) for name, vector in vectors.items()}
-    elif scale is not None:
-        vectors = {name: _scaled(vector, scale) for name, vector in vectors.items()}
-    many.close()
+    with closing(evaluator(llm)) as many:
+        if group:
+            whole = {name: {**meta, "positive": name, "negative": "the mean of the group"} for name in names}
+            vectors = extract_group(many, members, meta=whole, **how)
+        else:
+            poles_meta = {**meta, "positive": positive[0].stem, "negative": negative[0].stem}
+            vectors = {names[0]: extract_pair(many, names[0], *poles, meta=poles_meta, **how)}
+        if prompts:
+            vectors = {name: _calibrated(many, vector, prompts, stage) for name, vector in vectors.items()}
+        elif scale is not None:
+            vectors = {name: _scaled(vector, scale) for name, vector in vectors.items()}
     report = []
     for name, vector in vectors.items():
         target = out / f"{name}.gguf"
@@ -235,8 +236,7 @@ def make(
         return load_hf(path)[0]
 
     llm = load_llama(path, n_ctx=1024, n_threads=threads, flash_attn=True)
-    many = evaluator(llm)
-    try:
+    with closing(evaluator(llm)) as many:
         name = name or pack_name(many.fingerprint)
         maker = Maker(
             many,
@@ -247,8 +247,6 @@ def make(
             stage=stages(),
         )
         made = maker.make(name=name, version=version, licence=licence, description=description)
-    finally:
-        many.close()
     _report(made, as_json, "made")
 
 

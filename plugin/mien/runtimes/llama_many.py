@@ -8,7 +8,7 @@ program. Where a model can't share tokens (recurrent memory), each text is evalu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import llama_cpp.llama_cpp as api
 import numpy as np
@@ -26,6 +26,8 @@ from .llama_text import chat_tokens, raw_tokens
 
 LEAVES = 32  # sequences at once; more gain nothing on a CPU
 CELLS = 512  # tokens of a chunk: attention looks at all cells in use, so that larger ones are slower
+
+Row: TypeAlias = "tuple[int, int, Sequence[int], bool]"  # token, position, sequences, whether with logits
 
 
 class LlamaEvaluator:
@@ -93,10 +95,9 @@ class LlamaEvaluator:
         every = programs_of(programs, len(texts))
         for chunk in self._walk(self._plan(texts, every), texts, every, progress):
             rows = [
-                self._decode(chunk, part, logits=everything, layers=layers)
-                for part in self._parts(len(chunk.tokens))
+                self._captured(chunk, part, layers, everything) for part in self._parts(len(chunk.tokens))
             ]
-            found = np.concatenate([row for row in rows if row is not None], axis=1) if rows else path[:, :0]
+            found = np.concatenate(rows, axis=1) if rows else path[:, :0]
             for branch in chunk.branches:
                 path = np.concatenate([path[:, : branch.common], found[:, branch.nodes]], axis=1)
                 text = texts[branch.text]
@@ -112,7 +113,7 @@ class LlamaEvaluator:
         for chunk, asked in zip(self._walk(plan, texts, every, progress), wanted):
             found: list[dict[int, float]] = []  # by node
             for part in self._parts(len(chunk.tokens)):
-                self._decode(chunk, part, logits=[bool(asked[node]) for node in part])
+                self._decode(_rows(chunk, part, [bool(asked[node]) for node in part]))
                 logits = iter(self._logits(sum(bool(asked[node]) for node in part)))
                 found += [_scores(next(logits), asked[node]) if asked[node] else {} for node in part]
             for branch in chunk.branches:
@@ -141,8 +142,9 @@ class LlamaEvaluator:
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i].tokens, i))
         for start in range(0, len(order), width):
             group = order[start : start + width]
-            self._begin([prompts[i] for i in group], [every[i] for i in group])
-            for now in self._continue([prompts[i] for i in group], limit):
+            asked = [prompts[i] for i in group]
+            ends = self._begin(asked, [every[i] for i in group])
+            for now in self._continue(asked, ends, limit):
                 for slot, token in now.items():
                     replies[group[slot]].append(token)
                 progress(done + sum(len(replies[i]) for i in group), limit * len(prompts))
@@ -207,27 +209,27 @@ class LlamaEvaluator:
     def _parts(self, count: int) -> list[range]:
         return [range(i, min(i + self._n_batch, count)) for i in range(0, count, self._n_batch)]
 
-    def _decode(
-        self, chunk: Chunk, nodes: range, logits: bool | Sequence[bool], layers: Sequence[int] = ()
-    ) -> Floats | None:
-        """Evaluate those nodes. logits: for which; layers: blocks whose outputs are returned."""
-        batch, slots = self._batch, chunk.slots
-        batch.n_tokens = len(nodes)
-        for i, node in enumerate(nodes):
-            batch.token[i], batch.pos[i] = chunk.tokens[node], chunk.positions[node]
-            batch.n_seq_id[i] = len(slots[node])
-            row = batch.seq_id[i]
-            for k, slot in enumerate(slots[node]):
-                row[k] = slot
-            batch.logits[i] = logits if isinstance(logits, bool) else logits[i]
-        rows = self._runtime.hook.capture(layers, 0, len(nodes)) if layers else None
+    def _captured(self, chunk: Chunk, nodes: range, layers: Sequence[int], logits: bool) -> Floats:
+        """Evaluate those nodes. Returns the outputs of `layers`, float32 (len(layers), nodes, n_embd)."""
+        rows = self._runtime.hook.capture(layers, 0, len(nodes))
         try:
-            if status := self._runtime.decode(batch):
-                raise RuntimeError(f"llama_decode returned {status}")
+            self._decode(_rows(chunk, nodes, [logits] * len(nodes)))
         finally:
-            if layers:
-                self._runtime.hook.stop_capture()
+            self._runtime.hook.stop_capture()
         return rows
+
+    def _decode(self, rows: Iterable[Row]) -> None:
+        """Evaluate tokens, at most a batch of them."""
+        batch, count = self._batch, 0
+        for token, position, slots, wanted in rows:
+            batch.token[count], batch.pos[count], batch.logits[count] = token, position, wanted
+            batch.n_seq_id[count], ids = len(slots), batch.seq_id[count]
+            for k, slot in enumerate(slots):
+                ids[k] = slot
+            count += 1
+        batch.n_tokens = count
+        if status := self._runtime.decode(batch):
+            raise RuntimeError(f"llama_decode returned {status}")
 
     def _logits(self, count: int) -> Floats:
         """Of the outputs of the last decode, in the order of its tokens: float32 (count, n_vocab)."""
@@ -236,46 +238,38 @@ class LlamaEvaluator:
         shape = count, int(self._llm.n_vocab())
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape=shape)
 
-    def _begin(self, prompts: Sequence[Text], programs: Sequence[Program]) -> None:
-        """Evaluate the prompts, each in its sequence; the logits at their ends are kept in `_ends`."""
-        memory = self._memory
-        api.llama_memory_clear(memory, True)
+    def _begin(self, prompts: Sequence[Text], programs: Sequence[Program]) -> list[int]:
+        """Evaluate the prompts, each in its sequence. Returns the most probable token after each."""
+        api.llama_memory_clear(self._memory, True)
         self._steer(programs)
         firsts: dict[object, int] = {}
         alike = [
             firsts.setdefault((prompt.tokens, prompt.reply, program.prompt.key), slot)
             for slot, (prompt, program) in enumerate(zip(prompts, programs))
         ]
-        self._ends: list[int] = [0] * len(prompts)
         for slot, prompt in enumerate(prompts):
             self._runtime.tell_reply(prompt.reply, slot)
-        own = sorted(set(alike))
-        tokens = [(slot, position) for slot in own for position in range(len(prompts[slot].tokens))]
-        for start in range(0, len(tokens), self._n_batch):
-            part = tokens[start : start + self._n_batch]
-            ends = [slot for slot, position in part if position == len(prompts[slot].tokens) - 1]
-            self._one_each(
-                [
-                    (
-                        slot,
-                        position,
-                        prompts[slot].tokens[position],
-                        position == len(prompts[slot].tokens) - 1,
-                    )
-                    for slot, position in part
-                ]
+        rows: list[Row] = []
+        for slot in firsts.values():
+            last = len(prompts[slot].tokens) - 1
+            rows += (
+                (token, position, (slot,), position == last)
+                for position, token in enumerate(prompts[slot].tokens)
             )
-            for slot, logits in zip(ends, self._logits(len(ends))):
-                self._ends[slot] = int(logits.argmax())
+        ends: dict[int, int] = {}
+        for part in self._parts(len(rows)):
+            self._decode(rows[part.start : part.stop])
+            done = [rows[i][2][0] for i in part if rows[i][3]]
+            ends |= {slot: int(logits.argmax()) for slot, logits in zip(done, self._logits(len(done)))}
         for slot, first in enumerate(alike):
             if slot != first:
-                api.llama_memory_seq_cp(memory, first, slot, -1, -1)
-                self._ends[slot] = self._ends[first]
+                api.llama_memory_seq_cp(self._memory, first, slot, -1, -1)
+        return [ends[first] for first in alike]
 
-    def _continue(self, prompts: Sequence[Text], limit: int) -> Iterator[dict[int, int]]:
-        """The next token of each sequence that goes on, {slot: token}, after `_begin`."""
+    def _continue(self, prompts: Sequence[Text], ends: Sequence[int], limit: int) -> Iterator[dict[int, int]]:
+        """The next token of each sequence that goes on, {slot: token}; `ends` are the first."""
         vocabulary = self._llm._model.vocab
-        now = dict(enumerate(self._ends))
+        now = dict(enumerate(ends))
         for step in range(limit):
             now = {
                 slot: token for slot, token in now.items() if not api.llama_vocab_is_eog(vocabulary, token)
@@ -285,20 +279,16 @@ class LlamaEvaluator:
             yield now
             if step == limit - 1:
                 return
-            self._one_each(
-                [(slot, len(prompts[slot].tokens) + step, token, True) for slot, token in now.items()]
+            self._decode(
+                (token, len(prompts[slot].tokens) + step, (slot,), True) for slot, token in now.items()
             )
             now = {slot: int(row.argmax()) for slot, row in zip(now, self._logits(len(now)))}
 
-    def _one_each(self, tokens: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Evaluate (sequence, position, token, whether its logits are wanted)."""
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, (slot, position, token, wanted) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = slot, wanted
-        if status := self._runtime.decode(batch):
-            raise RuntimeError(f"llama_decode returned {status}")
+
+def _rows(chunk: Chunk, nodes: range, wanted: Sequence[bool]) -> Iterator[Row]:
+    """Those nodes of a chunk as rows of a batch."""
+    for node, logits in zip(nodes, wanted):
+        yield chunk.tokens[node], chunk.positions[node], chunk.slots[node], logits
 
 
 def _scores(logits: Floats, tokens: Iterable[int]) -> dict[int, float]:
