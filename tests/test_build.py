@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "plugin" / "mien" / "data"
 PARTS = ("csrc", "plugin", "vectors", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -49,6 +50,10 @@ def test_a_wheel_holds_the_engine_the_packs_and_nothing_foreign(source: Path, tm
     pack = {name for name in names if name.startswith("mien/vectors/smollm2-135m-instruct/")}
     assert {Path(name).name for name in pack} >= {"pack.toml", "joy.gguf", "calm.gguf", "README.md"}
     assert {"mien/py.typed", "mien/cli/__init__.py", "mien/runtimes/llama.py"} <= names
+    data = {f"mien/data/{path.relative_to(DATA).as_posix()}" for path in DATA.rglob("*.toml")}
+    assert len(data) > 40
+    assert data <= names, "a family of contrast data is missing in pyproject.toml's packages"
+    assert "is absent from the `packages` configuration" not in built.stdout + built.stderr
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"mien"}
 
 
