@@ -46,8 +46,8 @@ _LEAD = (
 def write_report(pack: Pack, target: Path, figures: Path | None = None) -> list[Path]:
     """Write the report of `pack` to `target`, and its figures to the folder `figures`. Returns all files.
 
-    Raises MissingExtra-worthy ModuleNotFoundError without matplotlib, PackError for a broken pack or a target
-    that can't be written.
+    Raises ModuleNotFoundError without matplotlib, PackError for a broken pack or a target that can't be
+    written.
     """
     vectors = [pack.load(name) for name in pack.entries]
     drawn: dict[str, bytes] = {}
@@ -143,21 +143,26 @@ def _figure_of(vector: Vector) -> bytes:
 
 
 def _leakage_map(vectors: Sequence[Vector]) -> bytes | None:
-    names = [str(name) for name in _list(vectors[0].meta.get("leakage.names"))]
-    found = {vector.name: _numbers(vector.meta.get("leakage.effect")) for vector in vectors}
-    if len(names) < 2 or any(len(found.get(name, [])) != len(names) for name in names):
-        return None
-    return _map(np.array([found[name] for name in names]), names, "read as", "nats a token")
+    found = _matrix(vectors, "leakage.names", "leakage.effect")
+    return _map(*found, "read as", "nats a token") if found else None
 
 
 def _readout_map(vectors: Sequence[Vector]) -> bytes | None:
-    names = [str(name) for name in _list(vectors[0].meta.get("readout.names"))]
-    found = {vector.name: _numbers(vector.meta.get("readout.moved")) for vector in vectors}
-    if len(names) < 2 or any(len(found.get(name, [])) != len(names) for name in names):
+    found = _matrix(vectors, "readout.names", "readout.moved")
+    if found is None:
         return None
-    values = np.array([found[name] for name in names])
+    values, names = found
     own = np.abs(np.diag(values))[:, None]
     return _map(values / np.where(own > 0, own, 1), names, "readout of", "share of its own")
+
+
+def _matrix(vectors: Sequence[Vector], columns: str, row: str) -> tuple[Any, list[str]] | None:
+    """(values, names): a row of each vector's metadata; None where not all of them have it."""
+    names = [str(name) for name in _list(vectors[0].meta.get(columns))]
+    found = {vector.name: _numbers(vector.meta.get(row)) for vector in vectors}
+    if len(names) < 2 or any(len(found.get(name, [])) != len(names) for name in names):
+        return None
+    return np.array([found[name] for name in names]), names
 
 
 def _map(values: Any, names: Sequence[str], columns: str, unit: str) -> bytes:
