@@ -340,17 +340,21 @@ def test_extract_makes_a_vector_that_run_takes(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.model
-def test_a_pack_is_made_reported_and_steers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["mean", "trained"])
+def test_a_pack_is_made_reported_and_steers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data", {"manner/warm.toml": TRAIT})
     arguments = ["--data", "data", "--name", "mine", "--layers", "10-12", "--perplexity", "50"]
     made = json.loads(
-        invoke("pack", "make", *arguments, "--method", "mean", "--repetition", "1", "--json").stdout
+        invoke("pack", "make", *arguments, "--method", method, "--repetition", "1", "--json").stdout
     )
     assert made["vectors"] == ["warm"]
     assert "all as the manifest says" in invoke("pack", "verify", "mine").stdout
     meta = json.loads(invoke("info", "mine/warm.gguf", "--json").stdout)["meta"]
     assert meta["data_digest"] == Corpus.read(tmp_path / "data").digest
+    assert meta["method"].startswith(method)
     assert len(meta["test.curve"]) == len(meta["test.dose"]) == 9
     files = json.loads(invoke("pack", "report", "mine", "--figures", "figures", "--json").stdout)["files"]
     assert {Path(file).name for file in files} == {"mine.html", "warm.png"}

@@ -249,17 +249,19 @@ def test_a_group_needs_two(load: Callable[..., Any]) -> None:
 # ---- doses ----
 
 
-def test_both_measures_have_a_say() -> None:
-    plain, budget = Dose(0.0, 5.0, 0.02, 1.0), Budget(perplexity=2.5, repetition=0.1)
-    assert budget.holds(Dose(1.0, 12.4, 0.11, 1.0), plain)
-    assert not budget.holds(Dose(1.0, 12.6, 0.02, 1.0), plain)
-    assert not budget.holds(Dose(1.0, 2.0, 0.13, 1.0), plain)  # repetitive text has a low perplexity
+def test_all_measures_have_a_say() -> None:
+    plain = Dose(0.0, 5.0, 10.0, 0.02, 1.0)
+    budget = Budget(perplexity=2.5, perplexity_alone=1.5, repetition=0.1)
+    assert budget.holds(Dose(1.0, 12.4, 14.9, 0.11, 1.0), plain)
+    assert not budget.holds(Dose(1.0, 12.6, 9.0, 0.02, 1.0), plain)
+    assert not budget.holds(Dose(1.0, 12.4, 15.1, 0.02, 1.0), plain)  # an answer, and broken text
+    assert not budget.holds(Dose(1.0, 2.0, 2.0, 0.13, 1.0), plain)  # repetitive text has a low perplexity
 
 
 class Scripted:
     """Stands in for `calibration.measure`: what each coefficient was said to cost, and which were asked."""
 
-    def __init__(self, curve: dict[float, tuple[float, float]]) -> None:
+    def __init__(self, curve: dict[float, tuple[float, float, float]]) -> None:
         self.curve, self.asked = curve, list[float]()
 
     def __call__(self, many: Any, programs: Any, *_: Any) -> list[Dose]:
@@ -281,31 +283,39 @@ def some_vector() -> Vector:
     )
 
 
-CURVE = {0.0: (5.0, 0.0), 0.2: (5.0, 0.3), 0.4: (6.0, 0.05), 0.6: (99.0, 0.0), 0.8: (5.0, 0.0)}
+# Perplexity of answers, of the replies alone, and repetition.
+CURVE = {
+    0.0: (5.0, 9.0, 0.0),
+    0.2: (5.0, 8.0, 0.3),
+    0.4: (6.0, 9.0, 0.05),
+    0.5: (7.0, 30.0, 0.0),
+    0.6: (99.0, 9.0, 0.0),
+    0.8: (5.0, 9.0, 0.0),
+}
 
 
 def test_the_dose_is_the_largest_before_a_budget_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = Scripted(CURVE)
     monkeypatch.setattr(calibration, "measure", scripted)
     monkeypatch.setattr(calibration, "AT_ONCE", 2)
-    doses = [0.8, 0.2, 0.4, 0.6, 1.0]
+    doses = [0.8, 0.2, 0.4, 0.6, 0.5, 1.0]
     found = calibrate(Compiles(), some_vector(), [], coefficients=doses)  # type: ignore[arg-type]
-    assert found.chosen == 0.4  # 0.2 repeats itself; 0.8 keeps to the budget again, by chance
+    assert found.chosen == 0.4  # 0.5 is broken text; 0.8 keeps to the budget again, by chance
     assert found.holds
     measured = [dose.coefficient for dose in found.curve]
-    assert measured == [0.0, 0.2, 0.4, 0.6, 0.8]  # and not beyond
+    assert measured == [0.0, 0.2, 0.4, 0.5, 0.6]  # and not beyond
     assert measured == scripted.asked
     assert [dose.perplexity for dose in found.curve] == [CURVE[c][0] for c in measured]
 
 
 def test_no_fluent_dose_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "measure", Scripted({0.0: (5.0, 0.0), 0.2: (50.0, 0.0)}))
+    monkeypatch.setattr(calibration, "measure", Scripted({0.0: (5.0, 9.0, 0.0), 0.2: (50.0, 9.0, 0.0)}))
     with pytest.raises(MienError, match=r"no dose keeps to the budget; already at 0\.2"):
         calibrate(Compiles(), some_vector(), [], coefficients=[0.2])  # type: ignore[arg-type]
 
 
 def test_where_none_is_fluent_the_least_repetitive_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    curve = {0.0: (5.0, 0.0), 0.2: (6.0, 0.4), 0.4: (7.0, 0.3), 0.6: (99.0, 0.0)}
+    curve = {0.0: (5.0, 9, 0.0), 0.2: (6.0, 9, 0.4), 0.4: (7.0, 9, 0.3), 0.6: (99.0, 9, 0.0)}
     monkeypatch.setattr(calibration, "measure", Scripted(curve))
     doses = [0.2, 0.4, 0.6]
     found = calibrate(Compiles(), some_vector(), [], coefficients=doses, strict=False)  # type: ignore[arg-type]
@@ -320,6 +330,9 @@ def test_what_is_measured_of_replies(many: Evaluator) -> None:
     replies = many.generate(prompts, 8, programs=[program] * 3)
     scores = np.concatenate(many.log_probabilities(replies))  # by the unsteered model
     assert steered.perplexity == pytest.approx(math.exp(-scores.mean()))
+    alone = [Text(reply.answer, 1) for reply in replies]  # this model wants no beginning of sequence
+    scores = np.concatenate(many.log_probabilities(alone))
+    assert steered.perplexity_alone == pytest.approx(math.exp(-scores.mean()))
     assert plain != steered
     assert plain.perplexity <= steered.perplexity, "greedy replies are the most probable"
 
@@ -336,20 +349,26 @@ def test_an_effect_is_by_how_much_one_pole_gains(many: Evaluator) -> None:
     alone = [np.mean(many.log_probabilities([t], programs=[programs[1]])[0]) for t in poles.high + poles.low]
     assert effects[1] == pytest.approx(np.mean(alone[:6]) - np.mean(alone[6:]))
     found = calibrate(
-        many, vector, poles.high[:2], poles=poles, coefficients=[0.01, 0.02], budget=Budget(9, 1)
+        many, vector, poles.high[:2], poles=poles, coefficients=[0.01, 0.02], budget=Budget(9, 9, 1)
     )
     assert found.curve[0].effect == 0.0
     assert [dose.coefficient for dose in found.curve] == [0.0, 0.01, 0.02]
 
 
 def test_baking_makes_the_chosen_dose_one() -> None:
-    curve = (Dose(0.0, 5.0, 0.0, 1.0), Dose(0.25, 6.0, 0.1, 0.9), Dose(0.5, 9.0, 0.4, 0.8))
+    curve = (
+        Dose(0.0, 5.0, 8.0, 0.0, 1.0),
+        Dose(0.25, 6.0, 8.5, 0.1, 0.9),
+        Dose(0.5, 9.0, 9.5, 0.4, 0.8),
+    )
     baked = bake(some_vector(), Calibration(curve, 0.25, Budget()))
     assert baked.rows.tolist() == [[0.25] * 4]
     assert baked.meta["scale"] == 0.25
     assert baked.meta["strength"] == [0.05]
     assert baked.meta["calibration.dose"] == [0.0, 1.0, 2.0]
     assert baked.meta["calibration.repetition"] == [0.0, 0.1, 0.4]
+    assert baked.meta["calibration.perplexity"] == [5.0, 6.0, 9.0]
+    assert baked.meta["calibration.perplexity_alone"] == [8.0, 8.5, 9.5]
     assert baked.meta["calibration.distinct"] == [1.0, 0.9, 0.8]
     assert "calibration.effect" not in baked.meta
 
@@ -428,7 +447,7 @@ def corpus(folder: Path) -> Corpus:
 
 
 def maker(many: Evaluator, data: Corpus, folder: Path, **options: Any) -> Maker:
-    settings = Settings("mean", (1, 2), Budget(50.0, 1.0))
+    settings = Settings("mean", (1, 2), Budget(50.0, 50.0, 1.0))
     return Maker(many, data, folder, settings=settings, **options)
 
 

@@ -2,9 +2,10 @@
 
 At growing coefficients the model answers prompts greedily, several coefficients at once. The dose is the
 largest measured coefficient up to which the replies keep to the budget (`Budget`); it is baked in as 1.0.
-Perplexity is that under the unsteered model, and repetition has a say beside it, since text that repeats
-itself has a low perplexity. What a dose achieves is the GAP between the replies of both poles
-(`judging.gap`).
+Perplexity is that under the unsteered model, of the reply as an answer to its prompt and of the reply read
+alone: the first tells how far it is from what the model would say, the second whether it is good text. And
+repetition has a say beside both, since text that repeats itself has a low perplexity. What a dose achieves is
+the GAP between the replies of both poles (`judging.gap`).
 """
 
 from __future__ import annotations
@@ -35,32 +36,40 @@ Scores: TypeAlias = "tuple[Sequence[npt.NDArray[np.float64]], Sequence[npt.NDArr
 class Budget:
     """What full dose may cost.
 
-    perplexity: times that of the unsteered replies. Those are the model's own most probable ones, so that
-    any other manner costs some: below twice as much, few manners can be told from none. repetition: the share
-    of trigrams, on top of that of the unsteered replies.
+    perplexity: of the replies to their prompts, times that of the unsteered ones. Those are the model's own
+    most probable replies, so that any other manner costs much: below twice as much, few can be told from
+    none. perplexity_alone: the same of the replies read without their prompts, where manner costs little
+    and broken text does. repetition: the share of trigrams, on top of that of the unsteered replies.
     """
 
-    perplexity: float = 3.0
+    perplexity: float = 5.0
+    perplexity_alone: float = 1.5
     repetition: float = 0.10
 
     def broken(self, dose: Dose, plain: Dose) -> bool:
-        """Whether the perplexity is over it."""
+        """Whether the perplexity of the replies to their prompts, which grows with the dose, is over it."""
         return dose.perplexity > self.perplexity * plain.perplexity
 
     def holds(self, dose: Dose, plain: Dose) -> bool:
-        return not self.broken(dose, plain) and dose.repetition <= self.repetition + plain.repetition
+        return (
+            not self.broken(dose, plain)
+            and dose.perplexity_alone <= self.perplexity_alone * plain.perplexity_alone
+            and dose.repetition <= self.repetition + plain.repetition
+        )
 
 
 @dataclass(frozen=True)
 class Dose:
     """The replies at one coefficient.
 
-    perplexity: under the unsteered model. repetition: the share of word trigrams. distinct: distinct-2.
-    effect: the GAP, in nats a token, over the unsteered model's; NaN where it was not measured.
+    perplexity: under the unsteered model, after the prompt; perplexity_alone: without it, from the second
+    token on. repetition: the share of word trigrams. distinct: distinct-2. effect: the GAP, in nats a token,
+    over the unsteered model's; NaN where it was not measured.
     """
 
     coefficient: float
     perplexity: float
+    perplexity_alone: float
     repetition: float
     distinct: float
     effect: float = float("nan")
@@ -127,9 +136,9 @@ def calibrate(
     unsteered replies, if it is known. strict: raise MienError where no coefficient keeps to the budget; else
     the one below the budget of perplexity that repeats least is chosen, and `holds` says that it does not.
 
-    Chosen is the largest that keeps to the budget before perplexity first leaves it. Repetition does not grow
-    steadily with the dose, as perplexity does, so that it has a say at each dose alone. Every dose of the
-    curve, the chosen one with them, was measured.
+    Chosen is the largest that keeps to the budget before the perplexity of the answers first leaves it. The
+    other two do not grow steadily with the dose, so that they have a say at each dose alone. Every dose of
+    the curve, the chosen one with them, was measured.
     """
     budget = budget or Budget()
     plain = plain or measure(many, [NOTHING], prompts, reply_tokens)[0]
@@ -147,11 +156,12 @@ def calibrate(
     end = next((i for i, dose in enumerate(curve) if budget.broken(dose, plain)), len(curve))
     fluent = [dose for dose in curve[1:end] if budget.holds(dose, plain)]
     if not fluent and strict:
+        first = curve[1]
         raise MienError(
             f"{vector.name}: no dose keeps to the budget; already at {ascending[0]:g} times its length the "
-            f"replies have perplexity {curve[1].perplexity:.1f} (unsteered {plain.perplexity:.1f}) and "
-            f"repetition {curve[1].repetition:.2f} (unsteered {plain.repetition:.2f}); use fewer layers or "
-            "other texts"
+            f"replies have perplexity {first.perplexity:.1f} (unsteered {plain.perplexity:.1f}), read alone "
+            f"{first.perplexity_alone:.1f} ({plain.perplexity_alone:.1f}), and repetition "
+            f"{first.repetition:.2f} ({plain.repetition:.2f}); use fewer layers or other texts"
         )
     if poles is not None:
         effects = poles.effect(many, [many.compile(vector * d.coefficient) for d in curve])
@@ -167,18 +177,26 @@ def measure(
     replies = many.generate(
         list(prompts) * len(programs), reply_tokens, programs=[p for p in programs for _ in prompts]
     )
-    scores = many.log_probabilities(replies)
+    given = many.log_probabilities(replies)
+    alone = many.log_probabilities([alone_of(many, reply) for reply in replies])
+    texts = [many.decode(reply.answer) for reply in replies]
+    parts = [slice(i, i + len(prompts)) for i in range(0, len(replies), len(prompts))]
     return [
-        dose_of(many, replies[i : i + len(prompts)], scores[i : i + len(prompts)])
-        for i in range(0, len(replies), len(prompts))
+        Dose(
+            1.0,
+            perplexity(given[part]),
+            perplexity(alone[part]),
+            float(np.mean([repetition(text) for text in texts[part]])),
+            distinct(texts[part], 2),
+        )
+        for part in parts
     ]
 
 
-def dose_of(many: Evaluator, replies: Sequence[Text], scores: Sequence[npt.NDArray[np.float64]]) -> Dose:
-    """What is measured of replies and their log-probabilities under the unsteered model."""
-    texts = [many.decode(reply.answer) for reply in replies]
-    repeated = float(np.mean([repetition(text) for text in texts]))
-    return Dose(1.0, perplexity(scores), repeated, distinct(texts, 2))
+def alone_of(many: Evaluator, text: Text) -> Text:
+    """The reply of `text` without its prompt; its first token is given, and not scored."""
+    start = many.text([{"role": "user", "content": ""}], raw=True).tokens
+    return Text((*start, *text.answer), len(start) + 1) if text.answer else text
 
 
 def bake(vector: Vector, calibration: Calibration) -> Vector:
@@ -187,9 +205,11 @@ def bake(vector: Vector, calibration: Calibration) -> Vector:
     words: dict[str, MetaValue] = {
         "calibration.dose": [dose.coefficient / scale for dose in curve],
         "calibration.perplexity": [dose.perplexity for dose in curve],
+        "calibration.perplexity_alone": [dose.perplexity_alone for dose in curve],
         "calibration.repetition": [dose.repetition for dose in curve],
         "calibration.distinct": [dose.distinct for dose in curve],
         "calibration.perplexity_budget": calibration.budget.perplexity,
+        "calibration.perplexity_alone_budget": calibration.budget.perplexity_alone,
         "calibration.repetition_budget": calibration.budget.repetition,
     }
     if not np.isnan(curve[-1].effect):

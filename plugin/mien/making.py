@@ -16,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from .fingerprint import Fingerprint
 from .judging import spearman
 from .pack import Pack, write_whole
 from .program import NOTHING, Program
+from .refining import KEPT, PROBED, REPEATED, TOKENS, own_replies
 from .vector import Floats, MetaValue, Vector, purified
 from .vectorfile import load
 
@@ -41,12 +42,15 @@ METHODS = ("trained", "mean")
 PROMPTS = 6  # that a dose is measured on
 REPLY_TOKENS = 32
 COEFFICIENTS = {  # of the raw rows; trained ones are of a length that works
-    "trained": (0.25, 0.35, 0.45, 0.55, 0.7, 0.9, 1.2, 1.6),
+    "trained": (0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0),
     "mean": (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45),
 }
 ITEMS = 8  # given replies of each pole that an effect is measured on
-FEW = 4  # items of the test split that each of nine doses is measured on; full dose is measured on all
+FEW = 3  # items of the test split that each of nine doses is measured on; full dose is measured on all
 CROSS = 2  # items that cross effects are measured on
+ROUNDS, TRAIT_ROUNDS = 2, 3  # of training; a trait has fewer texts than a group
+WRITE = 0.5  # of rows trained on given replies: the coefficient under which the model writes its own
+FEWEST = 4  # replies of its own, below which given ones are taken
 DOSES = tuple(k / 8 for k in range(9))
 EXAMPLE_DOSES = DOSES[::2]
 RANDOM = 2  # random directions that a vector is compared with
@@ -55,11 +59,12 @@ LEAK, KEEP, DROP = (
     0.5,
     0.9,
     0.3,
-)  # of a vector's own effect: leaks that matter, what must stay; fall of the leak
+)  # of its own effect: what is a leak, what must stay; by how much a leak falls
 READ_TEXTS = 4
 FIRST, LAST = 0.2, 0.95  # blocks that are steered, as shares of the depth: the ends cost fluency
 
 Stage = Callable[[str], Progress]
+Lesson: TypeAlias = "tuple[str, float, Text]"  # a vector's name, its coefficient, the reply to train on
 
 
 @dataclass(frozen=True)
@@ -109,14 +114,15 @@ class Maker:
         self.layers = [layer for layer in layers if layer < n_layer]
         self.many, self.corpus, self.folder, self.settings = many, corpus, Path(folder), settings
         self._trainable, self._stage = trainable, stage
+        self._model: Any = None  # what _trainable gave
         self._plains: dict[object, Dose] = {}
         self._plain_scores: dict[object, Scores] = {}
         self._cache = self.folder / ".making"
-        trained = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed}"
-        self._trained_key = hashlib.sha256(trained.encode()).hexdigest()
+        trained = ROUNDS, TRAIT_ROUNDS, WRITE, FEWEST, KEPT, REPEATED, TOKENS, PROBED
+        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {trained}"
+        self._trained_key = hashlib.sha256(said.encode()).hexdigest()
         how = COEFFICIENTS, PROMPTS, REPLY_TOKENS, ITEMS, FEW, CROSS, RANDOM, READ_TEXTS, DOSES
-        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings} {how}"
-        self._key = hashlib.sha256(said.encode()).hexdigest()
+        self._key = hashlib.sha256(f"{self._trained_key} {settings} {how}".encode()).hexdigest()
         self._families: dict[str, list[Trait | Group]] = {}
         every: list[Trait | Group] = [*corpus.groups, *corpus.traits]
         for entry in every:
@@ -167,29 +173,46 @@ class Maker:
     def _trained(self) -> dict[str, Floats]:
         """{name: rows} of every vector, a family at a time."""
         rows: dict[str, Floats] = {}
-        model: Any = None
         for family, entries in self._families.items():
-            path = self._cache / f"{family}.npz"
-            if (kept := self._load_rows(path)) is not None:
-                rows |= kept
-                continue
-            from .training import Example, train
-
-            assert self._trainable is not None
-            model = model or self._trainable()
-            examples = [
-                Example(name, coefficient, self._text(ask, reply))
-                for name, coefficient, ask, reply in _lessons(entries)
-            ]
-            progress = self._stage(f"training {family}")
-            rounds = 2 if isinstance(entries[0], Group) else 3  # of fewer texts
-            seed = self.settings.seed
-            found = train(model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
-            self._cache.mkdir(exist_ok=True)
-            with open(path, "wb") as file:
-                np.savez(file, key=np.array(self._trained_key), **found)  # type: ignore[arg-type]
+            given = partial(_lessons, entries, self._text)
+            if isinstance(group := entries[0], Group):
+                found = self._train(family, given, ROUNDS)
+                found = self._train(f"{family}-own", partial(self._own_lessons, group, found), ROUNDS)
+            else:
+                found = self._train(family, given, TRAIT_ROUNDS)
             rows |= found
         return rows
+
+    def _train(self, stage: str, lessons: Callable[[], Iterable[Lesson]], rounds: int) -> dict[str, Floats]:
+        """What is trained on the lessons, or was in an earlier run."""
+        path = self._cache / f"{stage}.npz"
+        if (kept := self._load_rows(path)) is not None:
+            return kept
+        from .training import Example, train
+
+        if self._model is None:
+            assert self._trainable is not None
+            self._model = self._trainable()
+        examples = [Example(*lesson) for lesson in lessons()]
+        progress, seed = self._stage(f"training {stage}"), self.settings.seed
+        found = train(self._model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
+        self._cache.mkdir(exist_ok=True)
+        with open(path, "wb") as file:
+            np.savez(file, key=np.array(self._trained_key), **found)  # type: ignore[arg-type]
+        return found
+
+    def _own_lessons(self, group: Group, rows: Mapping[str, Floats]) -> Iterator[Lesson]:
+        """The best replies that the model itself gives to the events of the train split under `rows`."""
+        layers, model = tuple(self.layers), self.many.fingerprint
+        manners = {name: Vector(name, layers, rows[name] * WRITE, model) for name in group.members}
+        events = group.of("train")
+        samples, asks = _samples(group, events), [event.text for event in events]
+        progress = self._stage(f"answering as {group.family}")
+        own = own_replies(self.many, manners, samples, asks, progress=progress)
+        for name, texts in own.items():
+            given = [self._text(sample.user, sample.opening) for sample in samples[name]]
+            for text in texts if len(texts) >= FEWEST else given:
+                yield name, 1.0, text
 
     def _load_rows(self, path: Path) -> dict[str, Floats] | None:
         if not path.exists():
@@ -200,14 +223,9 @@ class Maker:
             return {name: data[name] for name in data.files if name != "key"}
 
     def _group(self, group: Group, rows: Mapping[str, Floats]) -> list[Vector]:
-        def samples(events: Sequence[Event]) -> dict[str, list[Sample]]:
-            return {
-                name: [Sample(event.text, event.replies[name]) for event in events] for name in group.members
-            }
-
         split = "calibration" if rows else "train"
-        reading = self._read(samples(group.of(split, replied=True)), f"reading {group.family}")
-        test = self._read(samples(group.of("test", replied=True)[::2]), f"reading {group.family}")
+        reading = self._read(_samples(group, group.of(split, replied=True)), f"reading {group.family}")
+        test = self._read(_samples(group, group.of("test", replied=True)[::2]), f"reading {group.family}")
         meta = {
             name: self._meta("emotion" if group.family == "emotions" else "trait", group.family)
             | {"positive": positive, "negative": "the mean of the group"}
@@ -260,7 +278,7 @@ class Maker:
             found = calibrate(
                 self.many,
                 vector,
-                self._prompts(vector.name, "calibration"),
+                self.prompts(vector.name, "calibration"),
                 coefficients=COEFFICIENTS[self.settings.method],
                 budget=self.settings.budget,
                 reply_tokens=REPLY_TOKENS,
@@ -278,7 +296,7 @@ class Maker:
 
     def _plain(self, name: str) -> Dose:
         """The unsteered replies to a vector's prompts."""
-        prompts = self._prompts(name, "calibration")
+        prompts = self.prompts(name, "calibration")
         if (key := tuple(prompt.tokens for prompt in prompts)) not in self._plains:
             self._plains[key] = measure(self.many, [NOTHING], prompts, REPLY_TOKENS)[0]
         return self._plains[key]
@@ -383,7 +401,7 @@ class Maker:
         plain, steered = all_.scores(many, [NOTHING, programs[-1]])
         shift = raised(plain, steered)
         progress(2, 3)
-        prompt = self._prompts(vector.name, "test")[0]
+        prompt = self.prompts(vector.name, "test")[0]
         examples = many.generate(
             [prompt] * len(EXAMPLE_DOSES),
             48,
@@ -426,7 +444,7 @@ class Maker:
     def _text(self, ask: str, reply: str = "") -> Text:
         return self.many.text([{"role": "user", "content": ask}], reply)
 
-    def _prompts(self, name: str, split: str) -> list[Text]:
+    def prompts(self, name: str, split: str) -> list[Text]:
         """What a vector's doses are measured on: questions of its own, and events that fit any."""
         entry = self._entry(name)
         asks = [] if isinstance(entry, Group) else [pair.ask for pair in entry.of(split)][: PROMPTS // 2]
@@ -489,17 +507,25 @@ def _lasting(before: Vector, purer: Vector) -> dict[str, MetaValue]:
     return {**kept, "strength": [float(s) for s in lengths / norms]}
 
 
-def _lessons(entries: Sequence[Trait | Group]) -> Iterator[tuple[str, float, str, str]]:
-    """(name, coefficient, what is said, the reply to it) of the train split."""
+def _lessons(entries: Sequence[Trait | Group], text: Callable[[str, str], Text]) -> Iterator[Lesson]:
+    """The replies of the train split; both poles of a trait train one vector."""
     for entry in entries:
         if isinstance(entry, Group):
             for event in entry.of("train"):
                 for name, reply in event.replies.items():
-                    yield name, 1.0, event.text, reply
+                    yield name, 1.0, text(event.text, reply)
         else:
             for pair in entry.of("train"):
-                yield entry.name, 1.0, pair.ask, pair.high
-                yield entry.name, -1.0, pair.ask, pair.low
+                yield entry.name, 1.0, text(pair.ask, pair.high)
+                yield entry.name, -1.0, text(pair.ask, pair.low)
+
+
+def _samples(group: Group, events: Sequence[Event]) -> dict[str, list[Sample]]:
+    """By member, its replies to the events that it replies to."""
+    return {
+        name: [Sample(event.text, event.replies[name]) for event in events if name in event.replies]
+        for name in group.members
+    }
 
 
 def _accuracy(vector: Vector, test: Reading, positive: str) -> list[float]:

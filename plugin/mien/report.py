@@ -37,8 +37,9 @@ _LEAD = (
     "Effect is by how much full dose raises the mean log-probability a token of replies of the pole "
     "over those of its opposite, on questions that took no part in making the vector; in brackets the "
     "95% interval of a bootstrap. Random is the largest effect of random directions as long. Monotone "
-    "is Spearman's correlation of dose and effect over nine doses. Perplexity and repetition are those "
-    "of replies at full dose, the first under the unsteered model and as a multiple of its own. "
+    "is Spearman's correlation of dose and effect over nine doses. Perplexity is that of replies at full "
+    "dose under the unsteered model, as a multiple of its own replies': as answers to their prompts, and "
+    "read alone, where the manner costs little and broken text does. "
     "Accuracy is how often the readout of the best layer tells new replies of the pole."
 )
 
@@ -114,12 +115,16 @@ def _figure_of(vector: Vector) -> bytes:
         if len(values):
             cost.plot(doses, values / values[0], "o-", color=COST, ms=4, label="perplexity, times unsteered")
             cost.axhline(float(meta["calibration.perplexity_budget"]), color=COST, lw=0.8, ls=":")  # type: ignore[arg-type]
+            doses, values = _series(meta, "calibration.dose", "calibration.perplexity_alone")
+            if len(values):
+                cost.plot(doses, values / values[0], "^--", color=COST, ms=3, lw=1, label="of replies alone")
             doses, repeated = _series(meta, "calibration.dose", "calibration.repetition")
             other = cost.twinx()
             other.plot(doses, repeated, "s--", color=INK, ms=3, lw=1, label="repeated trigrams")
             other.set_ylim(0, max(0.3, float(repeated.max()) * 1.1))
             other.tick_params(labelsize=8, colors=INK)
-            handles = [*cost.get_lines()[:1], *other.get_lines()]
+            handles = [line for line in cost.get_lines() if not str(line.get_label()).startswith("_")]
+            handles += other.get_lines()
             cost.legend(
                 handles, [line.get_label() for line in handles], fontsize=7, frameon=False, loc="upper left"
             )
@@ -215,7 +220,7 @@ def _page(pack: Pack, vectors: Sequence[Vector], drawn: dict[str, bytes]) -> str
 def _table(families: dict[str, list[Vector]]) -> str:
     head = (
         "<table><tr><th>vector<th>poles<th class=n>effect<th class=n>random<th class=n>monotone"
-        "<th class=n>perplexity<th class=n>repetition<th class=n>accuracy</tr>"
+        "<th class=n>perplexity<th class=n>alone<th class=n>repetition<th class=n>accuracy</tr>"
     )
     rows = [_row(vector) for members in families.values() for vector in members]
     return f"{head}{''.join(rows)}</table>"
@@ -226,13 +231,13 @@ def _row(vector: Vector) -> str:
     interval = _numbers(meta.get("test.effect_interval"))
     effect = f"{meta['test.effect']:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "-"
     random, accuracy = _numbers(meta.get("test.random_effect")), _numbers(meta.get("accuracy"))
-    perplexity, repeated = (_at_full(meta, f"calibration.{what}") for what in ("perplexity", "repetition"))
-    plain = _numbers(meta.get("calibration.perplexity"))
+    repeated = _at_full(meta, "calibration.repetition")
     cells = [
         effect,
         f"{max(random):.2f}" if random else "-",
         f"{meta['test.spearman']:.2f}" if "test.spearman" in meta else "-",
-        f"{perplexity / plain[0]:.2f}x" if perplexity is not None else "-",
+        _times_unsteered(meta, "calibration.perplexity"),
+        _times_unsteered(meta, "calibration.perplexity_alone"),
         f"{repeated:.2f}" if repeated is not None else "-",
         f"{max(accuracy):.0%}" if accuracy else "-",
     ]
@@ -243,11 +248,18 @@ def _row(vector: Vector) -> str:
     return f"<tr><td><a href='#{name}'>{name}</a>{mark}<td>{poles}{numbers}</tr>"
 
 
+def _times_unsteered(meta: Any, key: str) -> str:
+    full = _at_full(meta, key)
+    return f"{full / _numbers(meta[key])[0]:.2f}x" if full is not None else "-"
+
+
 def _section(vector: Vector, figure: bytes) -> str:
     meta, name = vector.meta, escape(vector.name)
     said = [f"{escape(str(meta.get('positive', '')))} / {escape(str(meta.get('negative', '')))}"]
     if meta.get("purified"):
         said.append(f"without what it shares with {escape(str(meta['purified']))}")
+    elif meta.get("leakage.tried"):
+        said.append(f"purified from {escape(str(meta['leakage.tried']))} it was no better")
     if meta.get("weak"):
         said.append(f"<span class=weak>weak: {escape(str(meta['weak']))}</span>")
     examples = "".join(

@@ -188,7 +188,8 @@ def build(folder: Path, name: str, version: str, licence: str, description: str,
     help="trained: by gradient, takes torch. mean: a difference of means. Default: trained, where torch is.",
 )
 @click.option("--layers", metavar="A-B", help="Blocks to steer. Default: from 20% to 95% of the depth.")
-@click.option("--perplexity", type=float, help="Budget: times that of the unsteered replies.")
+@click.option("--perplexity", type=float, help="Budget: of answers, times that of the unsteered ones.")
+@click.option("--perplexity-alone", type=float, help="Budget: of the same replies without their prompts.")
 @click.option("--repetition", type=float, help="Budget: share of trigrams on top of the unsteered replies'.")
 @threads_option
 @json_option
@@ -203,6 +204,7 @@ def make(
     method: str | None,
     layers: str | None,
     perplexity: float | None,
+    perplexity_alone: float | None,
     repetition: float | None,
     threads: int | None,
     as_json: bool,
@@ -222,8 +224,8 @@ def make(
 
     corpus, path = Corpus.read(data), find_model(model)
     method = method or ("trained" if find_spec("torch") and find_spec("transformers") else "mean")
-    plain = Budget()
-    budget = Budget(perplexity or plain.perplexity, plain.repetition if repetition is None else repetition)
+    given = {"perplexity": perplexity, "perplexity_alone": perplexity_alone, "repetition": repetition}
+    budget = Budget(**{name: value for name, value in given.items() if value is not None})
     settings = Settings(method, tuple(_layers(layers) or ()), budget)
 
     def trainable() -> Any:
