@@ -1,11 +1,13 @@
 """Do the emotions of a pack do what they say? Replies to events that took no part in making them.
 
-    python benchmarks/emotions.py [PACK] [--events N] [--doses 0.25,0.5,1]
+    python benchmarks/emotions.py [PACK] [--events N] [--doses 0.25,0.5,0.75]
 
-Each of the 120 events of the test split is answered plainly, under a system prompt that asks for the emotion,
-and under each emotion's vector at growing doses; greedy, 40 tokens. A reply is a hit where the judge
-(tests/tone.py: a classifier over word embeddings that knows ten emotions) finds the emotion in it. Perplexity
-is under the unsteered model without any system prompt. Prints a table, and writes it as JSON.
+Events of the test split are answered plainly, under a system prompt that asks for the emotion, and under
+each emotion's vector at full dose; a few of them at other doses, too. Greedy, 40 tokens. A reply is a hit
+where the judge (tests/tone.py: a classifier over word embeddings that knows ten emotions) finds the emotion.
+`words` is the share of its words that a lexicon files under the emotion (tests/judge.py), where it knows it.
+Perplexity is under the unsteered model without any system prompt, of the replies to their prompts and of the
+replies alone. Prints a table, and writes it as JSON.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ TOKENS = 40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pack", nargs="?", default="smollm2-135m-instruct", help="a name, or a folder")
-    parser.add_argument("--events", type=int, default=120)
-    parser.add_argument("--doses", default="0.25,0.5,0.75,1")
+    parser.add_argument("--events", type=int, default=120, help="at full dose and for prompts")
+    parser.add_argument("--doses", default="0.25,0.5,0.75,1.25", help="others, on fewer events")
+    parser.add_argument("--few", type=int, default=24, help="how many")
     parser.add_argument("--emotions", default=",".join(BASIC))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "emotions.json")
     options = parser.parse_args()
 
-    from mien.corpus import Corpus
+    import judge as lexicon
+    from mien.calibration import alone_of
+    from mien.corpus import Corpus, Event
     from mien.evaluation import Text, evaluator
     from mien.judging import distinct, perplexity, repetition
     from mien.models import find_model
@@ -44,51 +49,65 @@ def main() -> None:
 
     pack, corpus = Registry().pack(options.pack), Corpus.read()
     (group,) = (group for group in corpus.groups if group.family == "emotions")
-    events = group.of("test")
-    events = events[:: max(len(events) // options.events, 1)][: options.events]
+    every = group.of("test")
+
+    def events(count: int) -> list[Event]:
+        return [every[i * len(every) // count] for i in range(min(count, len(every)))]
+
     llm = load_llama(find_model(), n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
     rows: list[dict[str, Any]] = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with closing(evaluator(llm)) as many:
 
-        def prompts(system: str = "") -> list[Text]:
+        def row(emotion: str, arm: str, program: Any, count: int, system: str = "") -> None:
             first = [{"role": "system", "content": system}] if system else []
-            return [many.text([*first, {"role": "user", "content": event.text}]) for event in events]
-
-        def row(emotion: str, arm: str, asked: list[Text], program: Any) -> None:
-            replies = many.generate(asked, TOKENS, programs=[program] * len(asked))
-            plain = [Text((*p.tokens, *reply.answer), p.reply) for p, reply in zip(prompts(), replies)]
-            scores = many.log_probabilities(plain)
+            users = [[{"role": "user", "content": event.text}] for event in events(count)]
+            replies = many.generate(
+                [many.text([*first, *user]) for user in users], TOKENS, programs=[program] * len(users)
+            )
+            plain = [many.text(user) for user in users]
+            given = [Text((*p.tokens, *reply.answer), p.reply) for p, reply in zip(plain, replies)]
             texts = [many.decode(reply.answer) for reply in replies]
             found = judge()(texts)
+            shares = [lexicon.judge(text) for text in texts]
             rows.append(
                 {
                     "emotion": emotion,
                     "arm": arm,
-                    "hit": sum(one == emotion for one in found) / len(found),
-                    "perplexity": perplexity(scores),
+                    "events": len(users),
+                    "hit": found.count(emotion) / len(found),
+                    "words": {name: sum(s[name] for s in shares) / len(shares) for name in lexicon.EMOTIONS},
+                    "perplexity": perplexity(many.log_probabilities(given)),
+                    "alone": perplexity(many.log_probabilities([alone_of(many, text) for text in given])),
                     "repetition": sum(map(repetition, texts)) / len(texts),
                     "distinct-2": distinct(texts, 2),
                     "verdicts": {name: found.count(name) for name in sorted(set(found))},
-                    "example": texts[0],
+                    "examples": texts[:3],
                 }
             )
+            options.out.write_text(json.dumps({"pack": pack.version, "rows": rows}, indent=2))
             last = rows[-1]
+            words = last["words"].get(emotion)
             print(
-                f"{emotion:13}{arm:9}{last['hit']:6.0%}{last['perplexity']:8.2f}{last['repetition']:8.3f}"
-                f"{last['distinct-2']:8.2f}",
+                f"{emotion:13}{arm:8}{len(users):4}{last['hit']:7.0%}{last['perplexity']:7.2f}"
+                f"{last['alone']:7.2f}{last['repetition']:7.3f}{last['distinct-2']:7.2f}"
+                f"{f'{words:8.1%}' if words is not None else '':8}",
                 flush=True,
             )
 
-        print(f"{'emotion':13}{'arm':9}{'hit':>6}{'ppl':>8}{'rep3':>8}{'dist2':>8}")
-        row("none", "plain", prompts(), NOTHING)
-        for emotion in options.emotions.split(","):
+        print(
+            f"{'emotion':13}{'arm':8}{'n':>4}{'hit':>7}{'ppl':>7}{'alone':>7}{'rep3':>7}{'dist2':>7}{'words':>8}"
+        )
+        row("none", "plain", NOTHING, options.events)
+        emotions = options.emotions.split(",")
+        for emotion in emotions:
+            row(emotion, "1", many.compile(pack.load(emotion)), options.events)
+        for emotion in emotions:
             asking = f"Answer as someone who is very {group.members[emotion]}."
-            row(emotion, "prompt", prompts(asking), NOTHING)
-            vector = pack.load(emotion)
+            row(emotion, "prompt", NOTHING, options.events, asking)
+        for emotion in emotions:
             for dose in map(float, options.doses.split(",")):
-                row(emotion, f"{dose:g}", prompts(), many.compile(vector * dose))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"pack": pack.version, "events": len(events), "rows": rows}, indent=2))
+                row(emotion, f"{dose:g}", many.compile(pack.load(emotion) * dose), options.few)
 
 
 if __name__ == "__main__":

@@ -116,15 +116,20 @@ def test_list_and_info_tell_where_a_vector_acts(tmp_path: Path, monkeypatch: pyt
     meta: dict[str, Any] = {"bias": [0.5, -1.0], "center": [0.0, 1, 2, 3, 4, 5.5], "kind": "trait"}
     Vector("plane", (1, 2), rows, model, meta=meta).save(tmp_path / "mixed" / "plane.gguf")
     of_heads("quiet", {(0, 1): -1.0}, 2, 4, fingerprint=model).save(tmp_path / "mixed" / "quiet.gguf")
+    Vector("poor", (1,), np.ones((1, 8), np.float32), model, meta={"weak": "random ones do as much"}).save(
+        tmp_path / "mixed" / "poor.gguf"
+    )
     Pack.build(tmp_path / "mixed", name="mixed", version="1.0", licence="MIT")
     monkeypatch.setenv("MIEN_PATH", str(tmp_path))
     listed = invoke("list", "--model", "mixed").stdout
     assert "plane            trait      (residual, 3 directions a layer)" in listed
     assert "quiet                       (heads)" in listed
+    assert "poor                        (weak)" in listed
     found = {row["name"]: row for row in json.loads(invoke("list", "--model", "mixed", "--json").stdout)}
     assert (found["plane"]["site"], found["plane"]["rank"]) == ("residual", 3)
+    assert [found[name]["weak"] for name in ("poor", "plane")] == [True, False]
     assert (found["quiet"]["site"], found["quiet"]["rank"]) == ("heads", 1)
-    assert all("(" not in line for line in invoke("list", "--model", "smollm2").stdout.splitlines()[2:])
+    assert "residual" not in invoke("list", "--model", "smollm2").stdout
 
     text = invoke("info", "plane").stdout
     assert "  site      residual, 3 directions a layer" in text
@@ -337,6 +342,24 @@ def test_extract_makes_a_vector_that_run_takes(tmp_path: Path, monkeypatch: pyte
     invoke("pack", "install", ".")
     data = json.loads(invoke("run", QUESTION, "--steer", "mine.warm", "--max-tokens", "4", "--json").stdout)
     assert len(data["applied"]) == 11
+
+
+@pytest.mark.model
+def test_extract_reads_the_models_own_replies_under_personas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "warm.txt").write_text("You are overjoyed and cannot stop celebrating.\n")
+    (tmp_path / "cold.txt").write_text("You are heartbroken and cannot stop crying.\n")
+    (tmp_path / "ask.txt").write_text("How was your day?\nWhat is on your mind?\n")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["extract", "warm", "--positive", "warm.txt", "--negative", "cold.txt", "--ask", "ask.txt"]
+    (made,) = json.loads(invoke(*arguments, "--layers", "10-12", "--scale", "1", "--json").stdout)
+    assert made["meta"]["replies"] == "the model's own, under personas"
+    assert made["meta"]["method"] == "mean, mean of the reply"
+    assert all(1 <= count <= 2 for count in made["meta"]["samples"])
+    refused = invoke(*arguments, "--raw")
+    assert refused.exit_code == 2
+    assert "can't go with --template or --raw" in refused.stderr
 
 
 @pytest.mark.model

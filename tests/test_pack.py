@@ -190,6 +190,11 @@ REFUSED_MANIFESTS = {
         "rank = 0",
         r"vectors\.joy\.rank: expected a positive number, got 0",
     ),
+    "weak in words": (
+        'kind = "emotion"\npositive = "full of joy"',
+        'weak = "very"',
+        r"vectors\.joy\.weak: expected true or false, got 'very'",
+    ),
     "rank a truth": (
         'kind = "emotion"\npositive = "full of joy"',
         "rank = true",

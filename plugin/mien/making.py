@@ -34,7 +34,7 @@ from .fingerprint import Fingerprint
 from .judging import spearman
 from .pack import Pack, write_whole
 from .program import NOTHING, Program
-from .refining import KEPT, PROBED, REPEATED, TOKENS, own_replies
+from .responses import ENOUGH, KEPT, PROBED, REPEATED, TOKENS, own_replies
 from .vector import Floats, MetaValue, Vector, purified
 from .vectorfile import load
 
@@ -42,14 +42,15 @@ METHODS = ("trained", "mean")
 PROMPTS = 6  # that a dose is measured on
 REPLY_TOKENS = 32
 COEFFICIENTS = {  # of the raw rows; trained ones are of a length that works
-    "trained": (0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.6, 2.0),
+    "trained": (0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.6),
     "mean": (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45),
 }
 ITEMS = 8  # given replies of each pole that an effect is measured on
 FEW = 3  # items of the test split that each of nine doses is measured on; full dose is measured on all
 CROSS = 2  # items that cross effects are measured on
 ROUNDS, TRAIT_ROUNDS = 2, 3  # of training; a trait has fewer texts than a group
-WRITE = 0.5  # of rows trained on given replies: the coefficient under which the model writes its own
+WRITE, TRAIT_WRITE = 0.5, 0.4  # of rows trained on given replies: what the model writes its own under
+MORE = 6  # events that a trait is shown in beside its own questions
 FEWEST = 4  # replies of its own, below which given ones are taken
 DOSES = tuple(k / 8 for k in range(9))
 EXAMPLE_DOSES = DOSES[::2]
@@ -118,7 +119,19 @@ class Maker:
         self._plains: dict[object, Dose] = {}
         self._plain_scores: dict[object, Scores] = {}
         self._cache = self.folder / ".making"
-        trained = ROUNDS, TRAIT_ROUNDS, WRITE, FEWEST, KEPT, REPEATED, TOKENS, PROBED
+        trained = (
+            ROUNDS,
+            TRAIT_ROUNDS,
+            WRITE,
+            TRAIT_WRITE,
+            MORE,
+            FEWEST,
+            KEPT,
+            ENOUGH,
+            REPEATED,
+            TOKENS,
+            PROBED,
+        )
         said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {trained}"
         self._trained_key = hashlib.sha256(said.encode()).hexdigest()
         how = COEFFICIENTS, PROMPTS, REPLY_TOKENS, ITEMS, FEW, CROSS, RANDOM, READ_TEXTS, DOSES
@@ -171,16 +184,12 @@ class Maker:
         return replace(vector, meta=meta) if meta.pop("making", None) == self._key else None
 
     def _trained(self) -> dict[str, Floats]:
-        """{name: rows} of every vector, a family at a time."""
+        """{name: rows} of every vector, a family at a time: of given replies, then of the model's own."""
         rows: dict[str, Floats] = {}
         for family, entries in self._families.items():
-            given = partial(_lessons, entries, self._text)
-            if isinstance(group := entries[0], Group):
-                found = self._train(family, given, ROUNDS)
-                found = self._train(f"{family}-own", partial(self._own_lessons, group, found), ROUNDS)
-            else:
-                found = self._train(family, given, TRAIT_ROUNDS)
-            rows |= found
+            rounds = ROUNDS if any(isinstance(entry, Group) for entry in entries) else TRAIT_ROUNDS
+            found = self._train(family, partial(_lessons, entries, self._text), rounds)
+            rows |= self._train(f"{family}-own", partial(self._own_lessons, entries, found), rounds)
         return rows
 
     def _train(self, stage: str, lessons: Callable[[], Iterable[Lesson]], rounds: int) -> dict[str, Floats]:
@@ -201,18 +210,32 @@ class Maker:
             np.savez(file, key=np.array(self._trained_key), **found)  # type: ignore[arg-type]
         return found
 
-    def _own_lessons(self, group: Group, rows: Mapping[str, Floats]) -> Iterator[Lesson]:
-        """The best replies that the model itself gives to the events of the train split under `rows`."""
-        layers, model = tuple(self.layers), self.many.fingerprint
-        manners = {name: Vector(name, layers, rows[name] * WRITE, model) for name in group.members}
-        events = group.of("train")
-        samples, asks = _samples(group, events), [event.text for event in events]
-        progress = self._stage(f"answering as {group.family}")
-        own = own_replies(self.many, manners, samples, asks, progress=progress)
-        for name, texts in own.items():
-            given = [self._text(sample.user, sample.opening) for sample in samples[name]]
-            for text in texts if len(texts) >= FEWEST else given:
-                yield name, 1.0, text
+    def _own_lessons(self, entries: Sequence[Trait | Group], rows: Mapping[str, Floats]) -> Iterator[Lesson]:
+        """The best replies that the model itself gives to what is said in the train split under `rows`."""
+        events = [event.text for group in self.corpus.groups for event in group.of("train")]
+        for entry in entries:
+            if isinstance(entry, Group):
+                poles = {name: (name, 1.0) for name in entry.members}
+                samples = _samples(entry, entry.of("train"))
+                asks, write = [event.text for event in entry.of("train")], WRITE
+            else:
+                poles = {"positive": (entry.name, 1.0), "negative": (entry.name, -1.0)}
+                samples = _poles_of(entry.of("train"))
+                # A trait has few questions; what else is said shows it, too.
+                asks = [pair.ask for pair in entry.of("train")] + events[:: max(len(events) // MORE, 1)][
+                    :MORE
+                ]
+                write = TRAIT_WRITE
+            manners = {
+                pole: Vector(name, tuple(self.layers), rows[name] * (sign * write), self.many.fingerprint)
+                for pole, (name, sign) in poles.items()
+            }
+            progress = self._stage(f"answering as {getattr(entry, 'name', entry.family)}")
+            own = own_replies(self.many, manners, samples, asks, progress=progress)
+            for pole, (name, sign) in poles.items():
+                given = [self._text(sample.user, sample.opening) for sample in samples[pole]]
+                for text in own[pole] if len(own[pole]) >= FEWEST else given:
+                    yield name, sign, text
 
     def _load_rows(self, path: Path) -> dict[str, Floats] | None:
         if not path.exists():
@@ -234,14 +257,8 @@ class Maker:
         return [self._vector(name, reading, name, rows, meta[name], test) for name in group.members]
 
     def _trait(self, trait: Trait, rows: Mapping[str, Floats]) -> Vector:
-        def samples(pairs: Sequence[Pair]) -> dict[str, list[Sample]]:
-            return {
-                "positive": [Sample(pair.ask, pair.high) for pair in pairs],
-                "negative": [Sample(pair.ask, pair.low) for pair in pairs],
-            }
-
-        reading = self._read(samples(trait.of("calibration" if rows else "train")), f"reading {trait.name}")
-        test = self._read(samples(trait.of("test")[:FEW]), f"reading {trait.name}")
+        reading = self._read(_poles_of(trait.of("calibration" if rows else "train")), f"reading {trait.name}")
+        test = self._read(_poles_of(trait.of("test")[:FEW]), f"reading {trait.name}")
         meta = self._meta("trait", trait.family) | {"positive": trait.positive, "negative": trait.negative}
         return self._vector(trait.name, reading, "positive", rows, meta, test)
 
@@ -525,6 +542,13 @@ def _samples(group: Group, events: Sequence[Event]) -> dict[str, list[Sample]]:
     return {
         name: [Sample(event.text, event.replies[name]) for event in events if name in event.replies]
         for name in group.members
+    }
+
+
+def _poles_of(pairs: Sequence[Pair]) -> dict[str, list[Sample]]:
+    return {
+        "positive": [Sample(pair.ask, pair.high) for pair in pairs],
+        "negative": [Sample(pair.ask, pair.low) for pair in pairs],
     }
 
 

@@ -19,6 +19,7 @@
                     negative = "joyless"
                     site = "heads"                     where it acts, if not at the residual stream
                     rank = 3                           directions a layer, if there are several
+                    weak = true                        where it falls short of what it should do
     joy.gguf        see vectorfile.py
 
 Reading a pack reads pack.toml alone; a vector is read, and checked, when it is asked for. Keys that
@@ -73,7 +74,7 @@ class Entry:
 
     file: a name in the pack's folder. sha256: of the file's bytes, 64 lower-case hex digits. kind:
     'emotion', 'trait' or ''. positive, negative: the poles in words, '' where not given. site, rank: where
-    it acts, and how many directions it has a layer.
+    it acts, and how many directions it has a layer. weak: whether its file says that it falls short.
     """
 
     file: str
@@ -83,6 +84,7 @@ class Entry:
     negative: str = ""
     site: str = _SITE
     rank: int = 1
+    weak: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,7 +348,10 @@ def _entry(where: Path, name: str, data: Mapping[str, Any]) -> Entry:
             raise PackError(_wrong(where, f"{prefix}site", f"one of {', '.join(SITES)}", site))
     if type(rank) is not int or rank < 1:
         raise PackError(_wrong(where, f"{prefix}rank", "a positive number", rank))
-    return Entry(file, sha256.lower(), kind, positive, negative, site, rank)
+    weak = data.get("weak", False)
+    if not isinstance(weak, bool):
+        raise PackError(_wrong(where, f"{prefix}weak", "true or false", weak))
+    return Entry(file, sha256.lower(), kind, positive, negative, site, rank, weak)
 
 
 def _fingerprint(where: Path, data: Mapping[str, Any]) -> Fingerprint:
@@ -421,4 +426,5 @@ def _manifest_entry(path: Path, sha256: str, vector: Vector) -> dict[str, Any]:
     words: dict[str, Any] = {key: vector.meta.get(key, "") for key in ("kind", "positive", "negative")}
     words |= {"site": vector.site} if vector.site != _SITE else {}
     words |= {"rank": vector.rank} if vector.rank > 1 else {}
+    words |= {"weak": True} if vector.meta.get("weak") else {}
     return {"file": path.name, "sha256": sha256, **{key: word for key, word in words.items() if word != ""}}

@@ -23,6 +23,11 @@ file = click.Path(path_type=Path)
 @click.option("--negative", type=file, multiple=True, help="Texts of the negative pole. May be repeated.")
 @click.option("--group", type=file, help="Folder with NAME.txt for each NAME: each against the mean of all.")
 @click.option("--template", type=file, help="Lines with {} where each text goes.")
+@click.option(
+    "--ask",
+    type=file,
+    help="Questions, one a line: the texts are personas then, and the model's replies under them are read.",
+)
 @click.option("--raw", is_flag=True, help="Take the texts as they stand: no chat template.")
 @click.option(
     "--method",
@@ -34,9 +39,7 @@ file = click.Path(path_type=Path)
 @click.option(
     "--read",
     type=click.Choice(["last", "mean", "every"]),
-    default="last",
-    show_default=True,
-    help="The last token, the mean of the reply, or every token of it.",
+    help="The last token (default), the mean of the reply (default with --ask), or every token of it.",
 )
 @click.option("--layers", metavar="A-B", help="Blocks to keep. Default: all but block 0.")
 @click.option("--calibrate", type=file, help="Prompts, one a line: measure the dose and bake it in as 1.0.")
@@ -53,9 +56,10 @@ def extract(
     negative: tuple[Path, ...],
     group: Path | None,
     template: Path | None,
+    ask: Path | None,
     raw: bool,
     method: str,
-    read: str,
+    read: str | None,
     layers: str | None,
     calibrate: Path | None,
     scale: float | None,
@@ -71,12 +75,16 @@ def extract(
     \b
     mien extract warm --positive warm.txt --negative cold.txt
     mien extract joy fear anger --group contrast/ --template template.txt
+    mien extract warm --positive warm.txt --negative cold.txt --ask questions.txt
 
-    A line is "USER TEXT => REPLY", or the user's text alone.
+    A line is "USER TEXT => REPLY", or the user's text alone; with --ask, a system prompt such as "You are a
+    warm and caring person.", of which each side has as many.
     """
     pairs = bool(positive and negative)
     if pairs == bool(group) or (pairs and len(names) != 1) or (bool(positive) != bool(negative)):
         raise click.UsageError("give one NAME with --positive and --negative, or several with --group")
+    if ask and (template or raw):
+        raise click.UsageError("--ask puts questions to the model: it can't go with --template or --raw")
     if calibrate and scale is not None:
         raise click.UsageError("--calibrate measures what --scale would set: give one of them")
     for name in names:
@@ -89,32 +97,40 @@ def extract(
 
     patterns = contrast.read_lines(template) if template else ["{}"]
 
-    def texts(paths: tuple[Path, ...]) -> list[contrast.Sample]:
-        return contrast.samples([line for path in paths for line in contrast.read_lines(path)], patterns)
+    def lines(paths: tuple[Path, ...]) -> list[str]:
+        return [line for path in paths for line in contrast.read_lines(path)]
 
-    members = {name: texts((group / f"{name}.txt",)) for name in names} if group else {}
-    poles = (texts(positive), texts(negative)) if pairs else ([], [])
+    if group:
+        sides = {name: lines((group / f"{name}.txt",)) for name in names}
+    else:
+        sides = {"positive": lines(positive), "negative": lines(negative)}
+    texts = {} if ask else {side: contrast.samples(each, patterns) for side, each in sides.items()}
+    asks = contrast.read_lines(ask) if ask else []
     prompts = contrast.read_lines(calibrate) if calibrate else []
     from ..evaluation import evaluator
+    from ..responses import persona_replies
     from ..runtimes.llama_text import load_llama
 
     llm = load_llama(find_model(model), n_ctx=1024, n_threads=threads)
     stage = stages()
     how: dict[str, Any] = {
         "method": method,
-        "read": read,
+        "read": read or ("mean" if ask else "last"),
         "layers": _layers(layers),
         "raw": raw,
         "progress": stage("reading"),
     }
     meta: dict[str, Any] = {"kind": kind, **({"licence": licence} if licence else {})}
     with closing(evaluator(llm)) as many:
+        if ask:
+            texts = persona_replies(many, sides, asks, progress=stage("answering"))
+            meta["replies"] = "the model's own, under personas"
         if group:
             whole = {name: {**meta, "positive": name, "negative": "the mean of the group"} for name in names}
-            vectors = extract_group(many, members, meta=whole, **how)
+            vectors = extract_group(many, texts, meta=whole, **how)
         else:
             poles_meta = {**meta, "positive": positive[0].stem, "negative": negative[0].stem}
-            vectors = {names[0]: extract_pair(many, names[0], *poles, meta=poles_meta, **how)}
+            vectors = {names[0]: extract_pair(many, names[0], *texts.values(), meta=poles_meta, **how)}
         if prompts:
             vectors = {name: _calibrated(many, vector, prompts, stage) for name, vector in vectors.items()}
         elif scale is not None:

@@ -37,6 +37,7 @@ def list_(model: str | None, as_json: bool) -> None:
                     "negative": entry.negative,
                     "site": entry.site,
                     "rank": entry.rank,
+                    "weak": entry.weak,
                     "model": pack.fingerprint.as_dict(),
                     "file": str(pack.path / entry.file),
                 }
@@ -48,10 +49,16 @@ def list_(model: str | None, as_json: bool) -> None:
         for pack in packs:
             click.echo(f"{pack.name} {pack.version}, for {pack.fingerprint}")
             click.echo(f"  {pack.path}")
+            width = max(16, *map(len, pack.entries))
             for name, entry in pack.entries.items():
                 poles = f"{entry.positive} / {entry.negative}" if entry.negative else entry.positive
-                where = "" if entry.site == "residual" and entry.rank == 1 else _where(entry.site, entry.rank)
-                click.echo(f"  {name:16} {entry.kind:8} {poles}{f'  ({where})' if where else ''}")
+                plain = entry.site == "residual" and entry.rank == 1
+                marks = [
+                    *([] if plain else [_where(entry.site, entry.rank)]),
+                    *(["weak"] if entry.weak else []),
+                ]
+                said = f"  ({', '.join(marks)})" if marks else ""
+                click.echo(f"  {name:{width}} {entry.kind:8} {poles}{said}".rstrip())
         if not packs:
             click.echo("no packs found; `mien doctor` shows where it looked", err=True)
     for problem in registry.problems:
@@ -88,7 +95,8 @@ def info(name: str, as_json: bool) -> None:
     meta["site"] = _where(vector.site, vector.rank)
     strength, bias, center = (meta.pop(key, None) for key in ("strength", "bias", "center"))
     curves: dict[str, Any] = {
-        key: meta.pop(f"calibration.{key}", None) for key in ("dose", "perplexity", "repetition")
+        key: meta.pop(f"calibration.{key}", None)
+        for key in ("dose", "perplexity", "perplexity_alone", "repetition")
     }
     for key, value in sorted(meta.items()):
         if not isinstance(value, list):
@@ -99,10 +107,14 @@ def info(name: str, as_json: bool) -> None:
         click.echo("  bias      per layer, of a linear probe: " + _span(bias))
     if isinstance(center, list):
         click.echo("  center    per direction, the readout that counts as zero: " + _span(center))
-    if all(isinstance(curve, list) for curve in curves.values()):
-        click.echo("\n  dose   perplexity  repetition")
-        for dose, perplexity, repetition in zip(*curves.values()):
-            click.echo(f"  {dose:4.2f}   {perplexity:10.2f}  {repetition:10.2f}")
+    curves = {key: curve for key, curve in curves.items() if isinstance(curve, list)}
+    if len(curves) > 1 and "dose" in curves:
+        titles = {"perplexity_alone": "of replies alone"}
+        columns = [titles.get(key, key) for key in curves]
+        click.echo("\n  " + "".join(f"{column:>{len(column) + 2}}" for column in columns))
+        for row in zip(*curves.values()):
+            cells = (f"{value:{len(column) + 2}.2f}" for value, column in zip(row, columns))
+            click.echo("  " + "".join(cells))
 
 
 def _where(site: str, rank: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from ..errors import MienError, MissingExtra, ModelNotFound
@@ -48,7 +49,10 @@ def chat_inputs(tokenizer: Any, messages: Sequence[Any]) -> Any:
     """
     if tokenizer.chat_template is None:
         raise MienError("this model has no chat template: use --raw (raw=True)")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise MienError(f"this model's chat template does not take these messages: {error}") from error
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
 
 

@@ -55,7 +55,10 @@ def chat_tokens(llm: Any, messages: Sequence[Any], opening: str = "") -> list[in
     if template is None:
         raise MienError("this model has no chat template: use --raw (raw=True)")
     bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))
-    prompt = _formatter(template, bos, eos)(messages=list(messages)).prompt
+    try:
+        prompt = _formatter(template, bos, eos)(messages=list(messages)).prompt
+    except ValueError as error:  # what the formatter makes of a template's raise_exception
+        raise MienError(f"this model's chat template does not take these messages: {error}") from error
     add_bos = bool(llm._model.add_bos_token()) and not (bos and prompt.startswith(bos))
     tokens: list[int] = llm.tokenize((prompt + opening).encode(), add_bos=add_bos, special=True)
     return tokens
