@@ -37,9 +37,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import judge as lexicon
-    from mien.calibration import alone_of
+    from mien.calibration import read_alone
     from mien.corpus import Corpus, Event
-    from mien.evaluation import Text, evaluator
+    from mien.evaluation import evaluator
     from mien.judging import distinct, perplexity, repetition
     from mien.models import find_model
     from mien.program import NOTHING
@@ -65,8 +65,7 @@ def main() -> None:
             replies = many.generate(
                 [many.text([*first, *user]) for user in users], TOKENS, programs=[program] * len(users)
             )
-            plain = [many.text(user) for user in users]
-            given = [Text((*p.tokens, *reply.answer), p.reply) for p, reply in zip(plain, replies)]
+            given = [reply.after(many.text(user)) for reply, user in zip(replies, users)]
             texts = [many.decode(reply.answer) for reply in replies]
             found = judge()(texts)
             shares = [lexicon.judge(text) for text in texts]
@@ -78,7 +77,7 @@ def main() -> None:
                     "hit": found.count(emotion) / len(found),
                     "words": {name: sum(s[name] for s in shares) / len(shares) for name in lexicon.EMOTIONS},
                     "perplexity": perplexity(many.log_probabilities(given)),
-                    "alone": perplexity(many.log_probabilities([alone_of(many, text) for text in given])),
+                    "alone": perplexity(many.log_probabilities(read_alone(many, given))),
                     "repetition": sum(map(repetition, texts)) / len(texts),
                     "distinct-2": distinct(texts, 2),
                     "verdicts": {name: found.count(name) for name in sorted(set(found))},

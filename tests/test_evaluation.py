@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import llama_cpp.llama_cpp as api
 import mien
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from mien.errors import MienError, RuntimeNotSupported
 from mien.evaluation import Evaluator, Text, evaluator
 from mien.program import Program
 from mien.recipe import Recipe, as_recipe
+from mien.runtimes.llama_text import greedy_reply
 from mien.vector import Vector
 from numpy.typing import NDArray
 from tiny_hybrids import build_plamo2
@@ -195,15 +195,6 @@ def test_other_families_share_what_they_can(family: str, runtime: str, tmp_path:
         every = torch.log_softmax(logits, dim=-1).numpy()
         positions = np.arange(text.reply, len(text.tokens))
         np.testing.assert_allclose(scores, every[positions - 1, list(text.answer)], atol=3e-4)
-
-
-def greedy_reply(llm: Any, tokens: Sequence[int], limit: int) -> list[int]:
-    reply: list[int] = []
-    for token in llm.generate(tokens, temp=0.0):
-        if len(reply) == limit or api.llama_vocab_is_eog(llm._model.vocab, token):
-            break
-        reply.append(token)
-    return reply
 
 
 def test_a_model_with_recurrent_memory_evaluates_each_text_alone(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def measure(
         list(prompts) * len(programs), reply_tokens, programs=[p for p in programs for _ in prompts]
     )
     given = many.log_probabilities(replies)
-    alone = many.log_probabilities([alone_of(many, reply) for reply in replies])
+    alone = many.log_probabilities(read_alone(many, replies))
     texts = [many.decode(reply.answer) for reply in replies]
     parts = [slice(i, i + len(prompts)) for i in range(0, len(replies), len(prompts))]
     return [
@@ -193,10 +193,10 @@ def measure(
     ]
 
 
-def alone_of(many: Evaluator, text: Text) -> Text:
-    """The reply of `text` without its prompt; its first token is given, and not scored."""
+def read_alone(many: Evaluator, replies: Sequence[Text]) -> list[Text]:
+    """The replies without their prompts; of each the first token is given, and not scored."""
     start = many.text([{"role": "user", "content": ""}], raw=True).tokens
-    return Text((*start, *text.answer), len(start) + 1) if text.answer else text
+    return [Text((*start, *reply.answer), len(start) + 1) if reply.answer else reply for reply in replies]
 
 
 def bake(vector: Vector, calibration: Calibration) -> Vector:

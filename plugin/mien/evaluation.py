@@ -38,6 +38,10 @@ class Text:
     def answer(self) -> tuple[int, ...]:
         return self.tokens[self.reply :]
 
+    def after(self, prompt: Text) -> Text:
+        """The same reply to another prompt."""
+        return Text((*prompt.tokens, *self.answer), len(prompt.tokens))
+
 
 class Evaluator(Protocol):
     """A model that many texts can be put to. Nothing steers it but the programs that are passed."""

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,11 +57,8 @@ DOSES = tuple(k / 8 for k in range(9))
 EXAMPLE_DOSES = DOSES[::2]
 RANDOM = 2  # random directions that a vector is compared with
 MONOTONE = 0.95
-LEAK, KEEP, DROP = (
-    0.5,
-    0.9,
-    0.3,
-)  # of its own effect: what is a leak, what must stay; by how much a leak falls
+LEAK, KEEP = 0.5, 0.9  # shares of a vector's own effect: what is a leak, and what must stay
+DROP = 0.3  # the share by which purifying must lessen a leak
 READ_TEXTS = 4
 FIRST, LAST = 0.2, 0.95  # blocks that are steered, as shares of the depth: the ends cost fluency
 
@@ -206,8 +204,9 @@ class Maker:
         progress, seed = self._stage(f"training {stage}"), self.settings.seed
         found = train(self._model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
         self._cache.mkdir(exist_ok=True)
-        with open(path, "wb") as file:
-            np.savez(file, key=np.array(self._trained_key), **found)  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {"key": np.array(self._trained_key), **found}
+        np.savez(buffer := BytesIO(), **arrays)
+        write_whole(path, buffer.getvalue())  # half a file would stop the next run
         return found
 
     def _own_lessons(self, entries: Sequence[Trait | Group], rows: Mapping[str, Floats]) -> Iterator[Lesson]:
@@ -215,26 +214,28 @@ class Maker:
         events = [event.text for group in self.corpus.groups for event in group.of("train")]
         for entry in entries:
             if isinstance(entry, Group):
+                called, write = entry.family, WRITE
                 poles = {name: (name, 1.0) for name in entry.members}
                 samples = _samples(entry, entry.of("train"))
-                asks, write = [event.text for event in entry.of("train")], WRITE
+                asks = [event.text for event in entry.of("train")]
             else:
+                called, write = entry.name, TRAIT_WRITE
                 poles = {"positive": (entry.name, 1.0), "negative": (entry.name, -1.0)}
                 samples = _poles_of(entry.of("train"))
                 # A trait has few questions; what else is said shows it, too.
-                asks = [pair.ask for pair in entry.of("train")] + events[:: max(len(events) // MORE, 1)][
-                    :MORE
-                ]
-                write = TRAIT_WRITE
+                asks = [pair.ask for pair in entry.of("train")]
+                asks += events[:: max(len(events) // MORE, 1)][:MORE]
             manners = {
                 pole: Vector(name, tuple(self.layers), rows[name] * (sign * write), self.many.fingerprint)
                 for pole, (name, sign) in poles.items()
             }
-            progress = self._stage(f"answering as {getattr(entry, 'name', entry.family)}")
+            progress = self._stage(f"answering as {called}")
             own = own_replies(self.many, manners, samples, asks, progress=progress)
             for pole, (name, sign) in poles.items():
-                given = [self._text(sample.user, sample.opening) for sample in samples[pole]]
-                for text in own[pole] if len(own[pole]) >= FEWEST else given:
+                texts = own[pole]
+                if len(texts) < FEWEST:
+                    texts = [self._text(sample.user, sample.opening) for sample in samples[pole]]
+                for text in texts:
                     yield name, sign, text
 
     def _load_rows(self, path: Path) -> dict[str, Floats] | None:

@@ -91,17 +91,16 @@ def persona_replies(
             + f", {len(asks)} questions"
         )
 
-    def asked(persona: str, ask: str) -> Text:
-        return many.text([{"role": "system", "content": persona}, {"role": "user", "content": ask}])
-
-    items = [(pole, k, ask) for pole, lines in personas.items() for k in range(len(lines)) for ask in asks]
-    prompts = [asked(personas[pole][k], ask) for pole, k, ask in items]
-    written = many.generate(prompts, limit, progress=progress)
-    fluent = [(item, reply) for item, reply in zip(items, written) if _is_fluent(many, reply)]
+    prompts = {
+        (pole, k, ask): many.text([{"role": "system", "content": persona}, {"role": "user", "content": ask}])
+        for pole, lines in personas.items()
+        for k, persona in enumerate(lines)
+        for ask in asks
+    }
+    written = many.generate(list(prompts.values()), limit, progress=progress)
+    fluent = [(item, reply) for item, reply in zip(prompts, written) if _is_fluent(many, reply)]
     under = {
-        pole: many.log_probabilities(
-            [_after(asked(personas[pole][k], ask), reply) for (_, k, ask), reply in fluent]
-        )
+        pole: many.log_probabilities([reply.after(prompts[pole, k, ask]) for (_, k, ask), reply in fluent])
         for pole in personas
     }
     found: dict[str, list[Sample]] = {pole: [] for pole in personas}
@@ -122,11 +121,6 @@ def persona_replies(
 
 def _is_fluent(many: Evaluator, reply: Text) -> bool:
     return bool(reply.answer) and repetition(many.decode(reply.answer)) <= REPEATED
-
-
-def _after(prompt: Text, reply: Text) -> Text:
-    """That reply to another prompt."""
-    return Text((*prompt.tokens, *reply.answer), len(prompt.tokens))
 
 
 class Probe:
