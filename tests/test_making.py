@@ -490,11 +490,54 @@ def test_a_pack_is_made_and_says_what_its_vectors_are_worth(
             assert meta["test.effect"] > max(meta["test.random_effect"])
             assert "weak" not in meta
             own = meta["leakage.effect"][meta["leakage.names"].index(name)]
-            assert own == pytest.approx(effect(many, vector, entry.of("calibration")[:2]), abs=1e-4)
+            assert own == pytest.approx(effect(many, vector, entry.of("calibration")), abs=1e-4)
         doses = meta["calibration.dose"]
         assert any(abs(dose - 1) < 1e-6 for dose in doses), "full dose was not measured"
         assert meta["readout.moved"][meta["readout.names"].index(name)] > 0
         assert len(meta["example.reply"]) == len(meta["example.dose"]) == 5
+
+
+def test_what_a_vector_shares_with_another_is_taken_out_where_that_helps(
+    data: Corpus, tmp_path: Path
+) -> None:
+    """At the last block a row adds to the logits what it shares with a word's embedding."""
+
+    model = NumpyModel(n_layer=4, n_embd=16, n_vocab=64)
+    many = evaluator(model)
+
+    def toward(word: str, other: str) -> Any:
+        up, down = (many.text([{"role": "user", "content": w}], raw=True).tokens[-1] for w in (word, other))
+        row = model.embeddings[up] - model.embeddings[down]
+        return 0.2 * row / float(np.linalg.norm(row))
+
+    glad, loud = toward("glad", "grim"), toward("loud", "hush")
+    loud -= (loud @ glad) / (glad @ glad) * glad
+    rows = {"glad": glad, "loud": loud + 4 * glad}
+    given = {
+        name: Vector(name, (3,), row[None], many.fingerprint, meta={"stream_norm": [4.0]})
+        for name, row in rows.items()
+    }
+    vectors = dict(given)
+    settings = Settings("mean", (3,), Budget(50.0, 50.0, 1.0))
+    Maker(many, data, tmp_path, settings=settings)._purify(["glad", "loud"], vectors)
+    assert "purified" not in vectors["glad"].meta
+    np.testing.assert_array_equal(vectors["glad"].rows, given["glad"].rows)
+    meta: Any = vectors["loud"].meta
+    before, after = (
+        dict(zip(meta["leakage.names"], meta[key], strict=True))
+        for key in ("leakage.before", "leakage.effect")
+    )
+    assert meta["purified"] == meta["leakage.tried"] == "glad"
+    assert before["glad"] > 0.5 * before["loud"] > 0
+    assert after["loud"] >= 0.9 * before["loud"]
+    assert abs(after["glad"]) / after["loud"] <= 0.7 * before["glad"] / before["loud"]
+    # What it says is what the vector does, at a dose of its own.
+    pairs = data.traits[0].of("calibration")
+    assert before["glad"] == pytest.approx(effect(many, given["loud"], pairs), abs=1e-6)
+    assert after["glad"] == pytest.approx(effect(many, vectors["loud"], pairs), abs=1e-6)
+    assert any(abs(dose - 1) < 1e-6 for dose in meta["calibration.dose"])
+    row = vectors["loud"].directions[3]
+    assert abs(row @ glad) < 1e-6 * np.linalg.norm(row)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(many: Evaluator, data: Corpus, tmp_path: Path) -> None:

@@ -43,22 +43,22 @@ METHODS = ("trained", "mean")
 PROMPTS = 6  # that a dose is measured on
 REPLY_TOKENS = 32
 COEFFICIENTS = {  # of the raw rows; trained ones are of a length that works
-    "trained": (0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.6),
+    "trained": (0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.3),
     "mean": (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45),
 }
+AGAIN = (0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 3.0)  # of a vector that has had a full dose
 ITEMS = 8  # given replies of each pole that an effect is measured on
 FEW = 3  # items of the test split that each of nine doses is measured on; full dose is measured on all
-CROSS = 2  # items that cross effects are measured on
+CROSS = 8  # items that cross effects are measured on, or as many as the split has
 ROUNDS, TRAIT_ROUNDS = 2, 3  # of training; a trait has fewer texts than a group
-WRITE, TRAIT_WRITE = 0.5, 0.4  # of rows trained on given replies: what the model writes its own under
-MORE = 6  # events that a trait is shown in beside its own questions
+WRITE = 0.5  # of rows trained on given replies: what the model writes its own under
 FEWEST = 4  # replies of its own, below which given ones are taken
 DOSES = tuple(k / 8 for k in range(9))
 EXAMPLE_DOSES = DOSES[::2]
 RANDOM = 2  # random directions that a vector is compared with
 MONOTONE = 0.95
 LEAK, KEEP = 0.5, 0.9  # shares of a vector's own effect: what is a leak, and what must stay
-DROP = 0.3  # the share by which purifying must lessen a leak
+DROP = 0.3  # the share by which purifying must lessen a leak, for as much of the own effect
 READ_TEXTS = 4
 FIRST, LAST = 0.2, 0.95  # blocks that are steered, as shares of the depth: the ends cost fluency
 
@@ -115,24 +115,12 @@ class Maker:
         self._trainable, self._stage = trainable, stage
         self._model: Any = None  # what _trainable gave
         self._plains: dict[object, Dose] = {}
-        self._plain_scores: dict[object, Scores] = {}
+        self._plain_scores: dict[str, Scores] = {}
         self._cache = self.folder / ".making"
-        trained = (
-            ROUNDS,
-            TRAIT_ROUNDS,
-            WRITE,
-            TRAIT_WRITE,
-            MORE,
-            FEWEST,
-            KEPT,
-            ENOUGH,
-            REPEATED,
-            TOKENS,
-            PROBED,
-        )
+        trained = ROUNDS, TRAIT_ROUNDS, WRITE, FEWEST, KEPT, ENOUGH, REPEATED, TOKENS, PROBED
         said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {trained}"
         self._trained_key = hashlib.sha256(said.encode()).hexdigest()
-        how = COEFFICIENTS, PROMPTS, REPLY_TOKENS, ITEMS, FEW, CROSS, RANDOM, READ_TEXTS, DOSES
+        how = COEFFICIENTS, AGAIN, PROMPTS, REPLY_TOKENS, ITEMS, FEW, CROSS, RANDOM, READ_TEXTS, DOSES
         self._key = hashlib.sha256(f"{self._trained_key} {settings} {how}".encode()).hexdigest()
         self._families: dict[str, list[Trait | Group]] = {}
         every: list[Trait | Group] = [*corpus.groups, *corpus.traits]
@@ -182,12 +170,18 @@ class Maker:
         return replace(vector, meta=meta) if meta.pop("making", None) == self._key else None
 
     def _trained(self) -> dict[str, Floats]:
-        """{name: rows} of every vector, a family at a time: of given replies, then of the model's own."""
+        """{name: rows} of every vector, a family at a time.
+
+        A group's are trained again on the model's own replies. A trait's are not: what the model writes of
+        its own shows a trait too faintly to learn it from.
+        """
         rows: dict[str, Floats] = {}
         for family, entries in self._families.items():
-            rounds = ROUNDS if any(isinstance(entry, Group) for entry in entries) else TRAIT_ROUNDS
-            found = self._train(family, partial(_lessons, entries, self._text), rounds)
-            rows |= self._train(f"{family}-own", partial(self._own_lessons, entries, found), rounds)
+            groups = [entry for entry in entries if isinstance(entry, Group)]
+            rounds = ROUNDS if groups else TRAIT_ROUNDS
+            rows |= self._train(family, partial(_lessons, entries, self._text), rounds)
+            if groups:
+                rows |= self._train(f"{family}-own", partial(self._own_lessons, groups, rows), rounds)
         return rows
 
     def _train(self, stage: str, lessons: Callable[[], Iterable[Lesson]], rounds: int) -> dict[str, Floats]:
@@ -209,34 +203,22 @@ class Maker:
         write_whole(path, buffer.getvalue())  # half a file would stop the next run
         return found
 
-    def _own_lessons(self, entries: Sequence[Trait | Group], rows: Mapping[str, Floats]) -> Iterator[Lesson]:
+    def _own_lessons(self, groups: Sequence[Group], rows: Mapping[str, Floats]) -> Iterator[Lesson]:
         """The best replies that the model itself gives to what is said in the train split under `rows`."""
-        events = [event.text for group in self.corpus.groups for event in group.of("train")]
-        for entry in entries:
-            if isinstance(entry, Group):
-                called, write = entry.family, WRITE
-                poles = {name: (name, 1.0) for name in entry.members}
-                samples = _samples(entry, entry.of("train"))
-                asks = [event.text for event in entry.of("train")]
-            else:
-                called, write = entry.name, TRAIT_WRITE
-                poles = {"positive": (entry.name, 1.0), "negative": (entry.name, -1.0)}
-                samples = _poles_of(entry.of("train"))
-                # A trait has few questions; what else is said shows it, too.
-                asks = [pair.ask for pair in entry.of("train")]
-                asks += events[:: max(len(events) // MORE, 1)][:MORE]
+        for group in groups:
             manners = {
-                pole: Vector(name, tuple(self.layers), rows[name] * (sign * write), self.many.fingerprint)
-                for pole, (name, sign) in poles.items()
+                name: Vector(name, tuple(self.layers), rows[name] * WRITE, self.many.fingerprint)
+                for name in group.members
             }
-            progress = self._stage(f"answering as {called}")
+            samples = _samples(group, group.of("train"))
+            asks = [event.text for event in group.of("train")]
+            progress = self._stage(f"answering as {group.family}")
             own = own_replies(self.many, manners, samples, asks, progress=progress)
-            for pole, (name, sign) in poles.items():
-                texts = own[pole]
+            for name, texts in own.items():
                 if len(texts) < FEWEST:
-                    texts = [self._text(sample.user, sample.opening) for sample in samples[pole]]
+                    texts = [self._text(sample.user, sample.opening) for sample in samples[name]]
                 for text in texts:
-                    yield name, sign, text
+                    yield name, 1.0, text
 
     def _load_rows(self, path: Path) -> dict[str, Floats] | None:
         if not path.exists():
@@ -289,7 +271,7 @@ class Maker:
 
     # ---- doses ----
 
-    def _calibrated(self, name: str, vector: Vector) -> Vector:
+    def _calibrated(self, name: str, vector: Vector, coefficients: Sequence[float] = ()) -> Vector:
         """The vector, scaled; name: of the stage, for a vector may be scaled again after it was purified."""
 
         def find() -> dict[str, Any]:
@@ -297,7 +279,7 @@ class Maker:
                 self.many,
                 vector,
                 self.prompts(vector.name, "calibration"),
-                coefficients=COEFFICIENTS[self.settings.method],
+                coefficients=coefficients or COEFFICIENTS[self.settings.method],
                 budget=self.settings.budget,
                 reply_tokens=REPLY_TOKENS,
                 plain=self._plain(vector.name),
@@ -324,51 +306,58 @@ class Maker:
     def _purify(self, names: Sequence[str], vectors: dict[str, Vector]) -> None:
         """Measure a family's cross effects, and take out of each vector what it shares where that helps.
 
-        Of the other that it brings about most: it is left out where at least KEEP of the vector's own effect
-        stays and the other falls by at least DROP. What was found is added to the metadata.
+        Of the other that it brings about most: it is left out where, at the purer vector's own full dose, at
+        least KEEP of the effect stays and the other's share of it falls by at least DROP. What was found is
+        added to the metadata.
         """
         if len(names) < 2:
             return
         progress = self._stage(f"crossing {self._entry(names[0]).family}")
         poles = {name: self._poles(name, "calibration", CROSS) for name in names}
-        before = {}
+        given, before = dict(vectors), {}
         for i, name in enumerate(names):
-            before[name] = self._kept(
-                f"cross-{name}", partial(self._effects, vectors[name], poles), vectors[name]
-            )
+            before[name] = self._crossed(name, given[name], poles)
             progress(i + 1, len(names))
         for name in names:
             effects = before[name]
             other = max((o for o in names if o != name), key=lambda o: abs(effects[o]))
             words: dict[str, MetaValue] = {"leakage.names": list(names)}
             if effects[name] > 0 and abs(effects[other]) >= LEAK * effects[name]:
-                purer = purified(vectors[name], [vectors[other]])
-                purer = replace(purer, name=name, meta={**_lasting(vectors[name], purer), **purer.meta})
-                scaled = self._calibrated(f"{name}-purified", purer)
-                find = partial(self._effects, scaled, poles)
-                after = self._kept(f"cross-{name}-purified", find, scaled)
                 words["leakage.before"] = [effects[o] for o in names]
                 words["leakage.tried"] = other
-                if after[name] >= KEEP * effects[name] and abs(after[other]) <= (1 - DROP) * abs(
-                    effects[other]
-                ):
-                    vectors[name], effects = scaled, after
-                    words["purified"] = other
+                purer = purified(given[name], [given[other]])
+                purer = replace(purer, name=name, meta={**_lasting(given[name], purer), **purer.meta})
+                # A dose of its own takes long to find, so that first both effects are compared without.
+                both = {each: poles[each] for each in (name, other)}
+                if _is_purer(name, other, effects, self._crossed(f"{name}-tried", purer, both)):
+                    scaled = self._calibrated(f"{name}-purified", purer, AGAIN)
+                    after = self._crossed(f"{name}-purified", scaled, poles)
+                    if after[name] >= KEEP * effects[name] and _is_purer(name, other, effects, after):
+                        vectors[name], effects = scaled, after
+                        words["purified"] = other
             words["leakage.effect"] = [effects[o] for o in names]
             vectors[name] = replace(vectors[name], meta={**vectors[name].meta, **words})
 
-    def _effects(self, vector: Vector, poles: Mapping[str, Poles]) -> dict[str, float]:
+    def _crossed(self, stage: str, vector: Vector, poles: Mapping[str, Poles]) -> dict[str, float]:
         """{name: by how much full dose of `vector` raises its GAP}."""
-        every = Poles([t for p in poles.values() for t in p.high], [t for p in poles.values() for t in p.low])
-        if (names := tuple(poles)) not in self._plain_scores:
-            self._plain_scores[names] = every.scores(self.many, [NOTHING])[0]
-        plain, steered = self._plain_scores[names], every.scores(self.many, [self.many.compile(vector)])[0]
-        found, start = {}, 0
-        for name, one in poles.items():
-            part = slice(start, start + len(one.high))
-            found[name] = raised(*((high[part], low[part]) for high, low in (plain, steered))).value
-            start = part.stop
-        return found
+
+        def find() -> dict[str, float]:
+            for name, one in poles.items():
+                if name not in self._plain_scores:
+                    self._plain_scores[name] = one.scores(self.many, [NOTHING])[0]
+            every = Poles(
+                [text for one in poles.values() for text in one.high],
+                [text for one in poles.values() for text in one.low],
+            )
+            high, low = every.scores(self.many, [self.many.compile(vector)])[0]
+            found, start = {}, 0
+            for name, one in poles.items():
+                part = slice(start, start + len(one.high))
+                found[name] = raised(self._plain_scores[name], (high[part], low[part])).value
+                start = part.stop
+            return found
+
+        return dict(self._kept(f"cross-{stage}", find, vector))
 
     def _readouts(self, vectors: Mapping[str, Vector]) -> dict[str, dict[str, MetaValue]]:
         """By vector, how far full dose of it moves each readout; 1: what that one adds to a layer itself."""
@@ -514,6 +503,12 @@ class Maker:
 
 def _names(entry: Trait | Group) -> list[str]:
     return list(entry.members) if isinstance(entry, Group) else [entry.name]
+
+
+def _is_purer(name: str, other: str, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether, for as much of a vector's own effect, that on `other` has fallen by DROP."""
+    leak = (1 - DROP) * abs(before[other]) * after[name]
+    return after[name] > 0 and abs(after[other]) * before[name] <= leak
 
 
 def _lasting(before: Vector, purer: Vector) -> dict[str, MetaValue]:
