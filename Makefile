@@ -3,7 +3,7 @@
 # make check  lint and types alone
 # make bench  what steering costs, as ratios
 # make peers  the same beside repeng and steering-vectors, in an environment of their own (10 minutes)
-# make pack   make the shipped pack again from its contrast texts (about 15 minutes)
+# make pack   make the shipped pack again from the contrast data (about an hour)
 # make clean  remove the environment and what was built
 
 SHELL := /bin/bash
@@ -52,8 +52,9 @@ bench: $(VENV)/.demo
 peers:
 	$(PYTHON) benchmarks/peers.py
 
-pack: $(VENV)/.demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" vectors/smollm2-135m-instruct/make.sh
+pack: $(VENV)/.dev
+	$(BIN)/mien pack make --out vectors/smollm2-135m-instruct --name smollm2-135m-instruct --version 2.0.0 \
+	    --licence Apache-2.0 --description "Ten emotions and thirty-five traits for SmolLM2-135M-Instruct."
 
 clean:
 	rm -rf $(VENV) build csrc/build plugin/*.egg-info plugin/mien/_engine.*

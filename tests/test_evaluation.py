@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from mien.errors import MienError, RuntimeNotSupported
 from mien.evaluation import Evaluator, Text, evaluator
 from mien.program import Program
 from mien.recipe import Recipe, as_recipe
-from mien.runtimes.llama_text import greedy_reply
 from mien.vector import Vector
 from numpy.typing import NDArray
 from tiny_hybrids import build_plamo2
@@ -207,7 +207,8 @@ def test_a_model_with_recurrent_memory_evaluates_each_text_alone(tmp_path: Path)
         for i, text in enumerate(given):
             expected = steering.capture(text.tokens, [1, 2], last=len(text.answer))
             np.testing.assert_allclose(states[i], expected, atol=1e-4)
-            assert greedy_reply(llm, text.tokens[:10], 3) == list(replies[i].answer)
+            reply = list(islice(llm.generate(text.tokens[:10], temp=0.0), 3))
+            assert reply == list(replies[i].answer)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from mien.methods import METHODS
 from mien.pack import Pack
 from mien.program import NOTHING
 from mien.runtimes.fake import NumpyModel
-from mien.runtimes.llama_text import chat_tokens, greedy_reply, log_probabilities
+from mien.runtimes.llama_text import chat_tokens
 from mien.vector import Vector
 
 # ---- texts ----
@@ -403,8 +403,10 @@ def test_baking_nothing_leaves_nothing_to_read() -> None:
 def test_log_probabilities_agree_with_decoding_token_by_token(load: Callable[..., Any]) -> None:
     llm = load(n_batch=64, n_ubatch=64)
     question = chat_tokens(llm, [{"role": "user", "content": "Say hello."}])
-    reply = greedy_reply(llm, question, 6)
-    found = log_probabilities(llm, question, reply)
+    with closing(evaluator(llm)) as many:
+        (text,) = many.generate([Text(tuple(question), len(question))], 6)
+        (found,) = many.log_probabilities([text])
+    reply = text.answer
     llm.reset()
     llm.eval(question)
     for token, expected in zip(reply, found, strict=True):

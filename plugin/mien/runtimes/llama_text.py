@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import llama_cpp.llama_cpp as api
-import numpy as np
-import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..errors import MienError, ModelNotFound
@@ -62,39 +59,3 @@ def chat_tokens(llm: Any, messages: Sequence[Any], opening: str = "") -> list[in
     add_bos = bool(llm._model.add_bos_token()) and not (bos and prompt.startswith(bos))
     tokens: list[int] = llm.tokenize((prompt + opening).encode(), add_bos=add_bos, special=True)
     return tokens
-
-
-def greedy_reply(llm: Any, tokens: Sequence[int], limit: int) -> list[int]:
-    """The most probable continuation, up to `limit` tokens or the end of the turn."""
-    reply: list[int] = []
-    for token in llm.generate(tokens, temp=0.0):
-        if len(reply) == limit or api.llama_vocab_is_eog(llm._model.vocab, token):
-            break
-        reply.append(token)
-    return reply
-
-
-def log_probabilities(llm: Any, tokens: Sequence[int], reply: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Natural log-probability of each token of `reply` after `tokens`, as the model is set now.
-
-    Evaluated from an empty context, which is left empty. float64 (len(reply),). Raises ValueError
-    where it does not fit into one batch.
-    """
-    everything = [*tokens, *reply]
-    if len(everything) > min(llm.n_batch, llm.n_ctx()):
-        raise ValueError(f"expected at most {min(llm.n_batch, llm.n_ctx())} tokens, got {len(everything)}")
-    llm.reset()
-    llm._ctx.kv_cache_clear()
-    llm._batch.set_batch(batch=everything, n_past=0, logits_all=False)
-    for i in range(len(everything)):
-        llm._batch.batch.logits[i] = i >= len(tokens) - 1
-    llm._ctx.decode(llm._batch)
-    count = len(reply) + 1
-    logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(count, llm.n_vocab()))[:-1].astype(
-        np.float64
-    )
-    llm.reset()
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    chosen = shifted[np.arange(len(reply)), list(reply)]
-    result: npt.NDArray[np.float64] = chosen - np.log(np.exp(shifted).sum(axis=1))
-    return result
