@@ -3,7 +3,7 @@
 # make check  lint and types alone
 # make bench  what steering costs, as ratios
 # make peers  the same beside repeng and steering-vectors, in an environment of their own (10 minutes)
-# make pack   make the shipped pack again from the contrast data (about an hour)
+# make pack   make the shipped pack again from the contrast data (an hour or two)
 # make clean  remove the environment and what was built
 
 SHELL := /bin/bash

@@ -146,8 +146,13 @@ GRIM = [f"{ask} => grim indeed {ask}" for ask in ASKS]
 
 
 @pytest.fixture
-def many() -> Iterator[Evaluator]:
-    with closing(evaluator(NumpyModel(n_layer=4, n_embd=16, n_vocab=64))) as found:
+def numpy_model() -> NumpyModel:
+    return NumpyModel(n_layer=4, n_embd=16, n_vocab=64)
+
+
+@pytest.fixture
+def many(numpy_model: NumpyModel) -> Iterator[Evaluator]:
+    with closing(evaluator(numpy_model)) as found:
         yield found
 
 
@@ -500,16 +505,13 @@ def test_a_pack_is_made_and_says_what_its_vectors_are_worth(
 
 
 def test_what_a_vector_shares_with_another_is_taken_out_where_that_helps(
-    data: Corpus, tmp_path: Path
+    many: Evaluator, numpy_model: NumpyModel, data: Corpus, tmp_path: Path
 ) -> None:
     """At the last block a row adds to the logits what it shares with a word's embedding."""
 
-    model = NumpyModel(n_layer=4, n_embd=16, n_vocab=64)
-    many = evaluator(model)
-
     def toward(word: str, other: str) -> Any:
         up, down = (many.text([{"role": "user", "content": w}], raw=True).tokens[-1] for w in (word, other))
-        row = model.embeddings[up] - model.embeddings[down]
+        row = numpy_model.embeddings[up] - numpy_model.embeddings[down]
         return 0.2 * row / float(np.linalg.norm(row))
 
     glad, loud = toward("glad", "grim"), toward("loud", "hush")
