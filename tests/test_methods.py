@@ -113,3 +113,25 @@ def test_a_principal_component_is_as_long_as_the_means_are_apart() -> None:
 def test_pairs_are_needed(method: str, rows: tuple[int, int], words: str) -> None:
     with pytest.raises(MienError, match=words):
         METHODS[method](np.ones((rows[0], D)), np.ones((rows[1], D)))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+@pytest.mark.parametrize("fall", [0.5, 0.95, 1.0], ids=["steep", "slow", "flat"])
+def test_a_principal_component_of_many_texts_is_the_first_singular_vector(
+    shape: tuple[int, int], fall: float
+) -> None:
+    random = np.random.default_rng(0)
+    scales = fall ** np.arange(shape[1])
+    difference = (
+        random.standard_normal(shape) * scales @ np.linalg.qr(random.standard_normal((shape[1],) * 2))[0]
+    )
+    positive, negative = difference / 2 + 1, 1 - difference / 2
+    found = methods.pca_diff(positive, negative).row
+    right = np.linalg.svd(difference - difference.mean(axis=0), full_matrices=False)[2]
+    assert abs(cosine(found, right[0])) == pytest.approx(1, abs=1e-9)
+
+
+def test_many_pairs_that_differ_alike_have_no_principal_component() -> None:
+    same = np.ones((200, 200))
+    with pytest.raises(MienError, match="do not differ"):
+        methods.pca_diff(same + 1, same)

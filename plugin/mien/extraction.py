@@ -308,8 +308,10 @@ def _split(
     """(the positive states, those of each other set) at a layer; inside: those of the scenarios instead."""
 
     def chosen(states: States) -> methods.States:
-        keep = [(scenario in without) == inside for scenario in states.scenarios]
-        return states.rows[keep, layer].astype(np.float64)
+        rows = states.rows[:, layer]
+        if without or inside:
+            rows = rows[[(scenario in without) == inside for scenario in states.scenarios]]
+        return rows.astype(np.float64)
 
     return chosen(reading.sets[positive]), [chosen(states) for states in _others(reading, positive)]
 
