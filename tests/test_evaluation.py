@@ -161,6 +161,26 @@ def test_a_window_over_the_reply_begins_where_the_text_says(small: tiny.Tiny) ->
     many.close()
 
 
+def test_replies_under_several_windows_share_their_prompt(small: tiny.Tiny) -> None:
+    with closing(evaluator(load(small))) as many:
+        recipes = (replied(vector(small, 1)), None, replied(vector(small, 2)), vector(small, 1))
+        kinds = [many.compile(recipe) for recipe in recipes]
+        given = [Text((*range(5, 15), *reply), 10) for reply in ((20, 21, 22), (20, 30), (40, 41))]
+        each = [(text, program) for program in kinds for text in given]
+        counts: list[int] = []
+        found = many.log_probabilities(
+            [text for text, _ in each],
+            programs=[program for _, program in each],
+            progress=lambda _done, total: counts.append(total),
+        )
+        # The prompt that nothing acts on is one, and that which v1 acts on another.
+        assert counts[-1] == 2 * 10 + len(kinds) * 6
+        for scores, (text, program) in zip(found, each, strict=True):
+            (expected,) = many.log_probabilities([text], programs=[program])
+            np.testing.assert_allclose(scores, expected, atol=2e-5)
+        assert len({tuple(scores.round(4)) for scores in found}) == len(found), "what was steered is alike"
+
+
 def test_windows_over_a_given_reply_are_refused_in_transformers(small: tiny.Tiny) -> None:
     with closing(evaluator(small.model)) as many:
         program = many.compile(replied(vector(small, 1)))

@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 from judge import EMOTIONS, emotions_of, judge, strongest
-from mien.judging import distinct, gap, perplexity, repetition, spearman
+from mien.extraction import Reading, States
+from mien.fingerprint import Fingerprint
+from mien.judging import Probe, distinct, gap, perplexity, repetition, spearman
 
 SENTENCES = [
     ("joy", "I am so happy that I could dance and sing in the sunshine!"),
@@ -137,3 +139,16 @@ def test_gap_is_a_mean_over_items_of_means_over_tokens() -> None:
 def test_spearman_is_of_ranks(a: list[float], b: list[float], expected: float) -> None:
     assert spearman(a, b) == pytest.approx(expected)
     assert np.isnan(spearman(a, [5.0] * len(a)))
+
+
+def test_a_probe_tells_planted_sets_apart_and_new_states_of_them() -> None:
+    random = np.random.default_rng(0)
+    middles = {name: random.standard_normal(32) for name in ("red", "blue", "tan")}
+
+    def drawn(count: int) -> dict[str, np.ndarray]:
+        return {name: at + 0.8 * random.standard_normal((count, 32)) for name, at in middles.items()}
+
+    sets = {name: States(rows[:, None].astype(np.float32), ("",) * 30) for name, rows in drawn(30).items()}
+    probe = Probe(Reading(sets, np.ones(1), (0,), Fingerprint("x", 1, 32)))
+    for name, states in drawn(50).items():
+        assert np.mean([found == name for found in probe(states)]) > 0.9

@@ -112,6 +112,31 @@ def test_what_counts_tokens_of_the_reply_acts_there_alone(window: str) -> None:
     assert compiled(f"joy({window})").prompt is NOTHING.prompt
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt", "response"),
+    [
+        ("spoken", "", "spoken"),
+        ("0.5*spoken + fear", "fear", "0.5*spoken + fear"),
+        ('spoken(when="all")', 'spoken(when="all")', 'spoken(when="all")'),
+        ('spoken(when="prompt")', 'spoken(when="prompt")', ""),
+        ("spoken(keep_norm=True)", "", "spoken(keep_norm=True)"),
+        ("ablate(spoken)", "", "ablate(spoken)"),
+        ("ablate(spoken - fear)", "ablate(spoken - fear)", "ablate(spoken - fear)"),
+        ("purify(spoken, fear)", "", "purify(spoken, fear)"),
+        ("gate(fear, on=spoken, above=1)",) * 3,
+        ('fear(when="response")', "", "fear"),
+    ],
+)
+def test_a_vector_says_where_it_acts_if_the_recipe_does_not(text: str, prompt: str, response: str) -> None:
+    registry = vectors()
+    registry.vectors["spoken"] = make_vector("spoken", seed=8, meta={"when": "response"})
+    program, everywhere = compiled(text, registry), vectors()
+    everywhere.vectors["spoken"] = make_vector("spoken", seed=8)
+    for part, expected in ((program.prompt, prompt), (program.response, response)):
+        whole = compiled(expected.replace('when="prompt"', 'when="all"'), everywhere)
+        assert part.key == whole.response.key
+
+
 def test_a_part_counts_where_a_window_or_a_memory_does() -> None:
     for text, counts in [
         ("joy", False),

@@ -82,16 +82,16 @@ def test_a_text_means_these_terms(text: str, expected: list[tuple[float, str]]) 
         ("joy(0)", []),
         ('joy(when="prompt")', [Term(1.0, "joy", "prompt")]),
         ("joy(when='response')", [Term(1.0, "joy", "response")]),
-        ("joy(when='all', keep_norm=False)", [Term(1.0, "joy")]),
-        ("joy(when='all')(when='prompt')", [Term(1.0, "joy", "prompt")]),
-        ("joy(keep_norm=True)", [Term(1.0, "joy", "all", True)]),
-        ("joy(keep_norm=False)(keep_norm=True)", [Term(1.0, "joy", "all", True)]),
+        ("joy(when='all', keep_norm=False)", [Term(1.0, "joy", "all")]),
+        ("joy + joy(when='all')", [Term(1.0, "joy"), Term(1.0, "joy", "all")]),
+        ("joy(keep_norm=True)", [Term(1.0, "joy", "", True)]),
+        ("joy(keep_norm=False)(keep_norm=True)", [Term(1.0, "joy", "", True)]),
         ("joy(-0.5, keep_norm=True, when='prompt')", [Term(-0.5, "joy", "prompt", True)]),
         ("2*joy(keep_norm=True)(0.5)(when='prompt')/4", [Term(0.25, "joy", "prompt", True)]),
         ("joy (\n0.5 ,\twhen = 'prompt' , )", [Term(0.5, "joy", "prompt")]),
         (
             "(calm - anger)(keep_norm=True)",
-            [Term(1.0, "calm", "all", True), Term(-1.0, "anger", "all", True)],
+            [Term(1.0, "calm", "", True), Term(-1.0, "anger", "", True)],
         ),
         (
             "(calm - 2*anger)(0.5, when='prompt')",
@@ -99,7 +99,7 @@ def test_a_text_means_these_terms(text: str, expected: list[tuple[float, str]]) 
         ),
         (
             "(joy(when='prompt') + calm)(keep_norm=True)",
-            [Term(1.0, "joy", "prompt", True), Term(1.0, "calm", "all", True)],
+            [Term(1.0, "joy", "prompt", True), Term(1.0, "calm", "", True)],
         ),
         (
             "(joy + joy(keep_norm=True))(2, when='response')",
@@ -111,7 +111,7 @@ def test_a_text_means_these_terms(text: str, expected: list[tuple[float, str]]) 
                 Term(1.0, "joy"),
                 Term(1.0, "joy", "prompt"),
                 Term(-1.0, "joy", "response"),
-                Term(2.0, "joy", "all", True),
+                Term(2.0, "joy", "", True),
             ],
         ),
         (
@@ -136,7 +136,8 @@ def test_a_call_says_how_much_where_and_in_what_manner(text: str, expected: list
         ("1e22*a.joy - 1e-7*b.joy", "1e+22*a.joy - 1e-07*b.joy"),
         ("joy - joy", ""),
         ("joy(0.5)", "0.5*joy"),
-        ("joy(1, when='all', keep_norm=False)", "joy"),
+        ("joy(1, keep_norm=False)", "joy"),
+        ("joy(1, when='all')", 'joy(when="all")'),
         ("joy(-1, when='prompt')", '-joy(when="prompt")'),
         ("joy(keep_norm=True, when='response')/2", '0.5*joy(when="response", keep_norm=True)'),
         ("(calm - 2*anger)(keep_norm=True)", "calm(keep_norm=True) - 2.0*anger(keep_norm=True)"),
@@ -178,21 +179,24 @@ def linear(draw: st.DrawFn, depth: int = 4, free: tuple[str, ...] = ("when", "ke
     return f"{draw(st.sampled_from('+-'))}({space}{a})"
 
 
+WHENS = ("", *WINDOWS)
+
+
 class Unit(np.ndarray):
     """Coefficients by (name, window, keep_norm). Python does the sums; a call moves them elsewhere."""
 
-    def __call__(self, dose: float = 1, *, when: str = "all", keep_norm: bool = False) -> Any:
-        return np.roll(self * dose, (WINDOWS.index(when), int(keep_norm)), axis=(1, 2))
+    def __call__(self, dose: float = 1, *, when: str = "", keep_norm: bool = False) -> Any:
+        return np.roll(self * dose, (WHENS.index(when), int(keep_norm)), axis=(1, 2))
 
 
 def by_numpy(text: str) -> dict[tuple[str, str, bool], float]:
     """Python's own value of the text, where each name is a unit vector of NumPy."""
     scope: dict[str, Any] = {"__builtins__": {}}
     for i, name in enumerate(NAMES):
-        scope[name.replace(".", "_")] = np.zeros((len(NAMES), len(WINDOWS), 2)).view(Unit)
+        scope[name.replace(".", "_")] = np.zeros((len(NAMES), len(WHENS), 2)).view(Unit)
         scope[name.replace(".", "_")][i, 0, 0] = 1
     value = eval(" ".join(text.replace("pack.joy", "pack_joy").split()), scope)
-    return {(NAMES[i], WINDOWS[w], bool(k)): float(value[i, w, k]) for i, w, k in np.argwhere(value)}
+    return {(NAMES[i], WHENS[w], bool(k)): float(value[i, w, k]) for i, w, k in np.argwhere(value)}
 
 
 @given(linear())
@@ -620,6 +624,7 @@ ONLY_OPERATORS = "has no meaning in a recipe; use + - * /"
         ("joy(when='prompt')(when='response')", "when is given twice for joy", 24),
         ("joy(when='prompt')(2, when='prompt')", "when is given twice for joy", 27),
         ("joy(when='prompt')(when='all')", "when is given twice for joy", 24),
+        ("joy(when='all')(when='prompt')", "when is given twice for joy", 21),
         ("fear + (calm - a.b(keep_norm=True))(keep_norm=False)", "keep_norm is given twice for a.b", 46),
         ("joy(when='prompt', when='all')", "a keyword is given twice", 0),
         ("joy(when='prompt', 2)", "can't be read (positional argument follows keyword argument)", 20),

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 from mien.evaluation import Text
-from mien.trie import chunks, successors
+from mien.trie import Mark, chunks, successors
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=20)
 
 
-def walk(texts: Sequence[Sequence[int]], keys: Sequence[int] | None, cells: int, leaves: int) -> int:
+def walk(texts: Sequence[Sequence[int]], marks: Sequence[Mark], cells: int, leaves: int) -> int:
     """Follow the chunks as a runtime does, checking each path. Returns how many nodes there were."""
     last: list[int] = []
     seen: set[int] = set()
     count = 0
-    for chunk in chunks(texts, keys, cells=cells, leaves=leaves):
+    for chunk in chunks(texts, marks, cells=cells, leaves=leaves):
         kept = last[: chunk.kept]
         assert len(kept) == chunk.kept
         assert len(chunk.shared) <= leaves
@@ -35,19 +35,32 @@ def walk(texts: Sequence[Sequence[int]], keys: Sequence[int] | None, cells: int,
             assert path == list(texts[branch.text])
             assert paths[branch.slot][: len(path)] == path
             seen.add(branch.text)
+        for slots in chunk.slots:
+            owners = {marks[branch.text] for branch in chunk.branches if branch.slot in slots}
+            assert len(owners) == 1, "a token that is evaluated under two marks at once"
         last, count = path, count + len(chunk.tokens)
     assert seen == set(range(len(texts)))
     return count
 
 
-@given(TEXTS, st.integers(1, 30), st.integers(1, 5), st.booleans())
+@st.composite
+def marked(draw: st.DrawFn) -> tuple[list[list[int]], list[Mark]]:
+    texts = draw(TEXTS)
+    kinds = st.tuples(st.integers(0, 1), st.integers(0, 8), st.integers(0, 2))
+    return texts, [Mark(*draw(kinds)) for _ in texts]
+
+
+@given(marked(), st.integers(1, 30), st.integers(1, 5))
 def test_every_text_is_a_path_and_every_node_is_evaluated_once(
-    texts: list[list[int]], cells: int, leaves: int, keyed: bool
+    given_: tuple[list[list[int]], list[Mark]], cells: int, leaves: int
 ) -> None:
-    keys = [i % 2 for i in range(len(texts))] if keyed else None
-    mine = keys or [0] * len(texts)
-    nodes = {(key, tuple(text[: k + 1])) for key, text in zip(mine, texts) for k in range(len(text))}
-    assert walk(texts, keys, cells, leaves) == len(nodes)
+    texts, marks = given_
+    nodes = {
+        (mark.before if k < mark.start else mark, tuple(text[: k + 1]))
+        for mark, text in zip(marks, texts)
+        for k in range(len(text))
+    }
+    assert walk(texts, marks, cells, leaves) == len(nodes)
 
 
 @given(TEXTS, st.integers(1, 30), st.integers(1, 5))

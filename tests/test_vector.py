@@ -449,6 +449,35 @@ def test_the_bias_of_a_probe_follows_its_length_and_its_sign() -> None:
 # Purified and stacked.
 
 
+REPLY = {"when": "response"}
+
+
+@pytest.mark.parametrize(
+    ("make", "when"),
+    [
+        (lambda a, _b, _c: a, "response"),
+        (lambda a, _b, _c: -2 * a / 3, "response"),
+        (lambda a, b, _c: a - b, "response"),
+        (lambda a, _b, c: a + c, "all"),
+        (lambda a, _b, c: purified(a, [c]), "response"),
+        (lambda a, _b, c: purified(c, [a]), "all"),
+        (lambda a, b, _c: stacked([a, b]), "response"),
+        (lambda a, b, c: stacked([a, b, c], apart=True), "all"),
+    ],
+)
+def test_what_is_made_of_vectors_for_the_same_tokens_is_for_those(
+    make: Callable[..., Vector], when: str
+) -> None:
+    a, b, c = make_vector("a", meta=REPLY), make_vector("b", seed=1, meta=REPLY), make_vector("c", seed=2)
+    assert make(a, b, c).when == when
+
+
+@pytest.mark.parametrize("when", ["later", "", 1, ["response"]])
+def test_a_vector_is_for_tokens_that_there_are(when: Any) -> None:
+    with pytest.raises(VectorError, match=r"^joy: when: expected one of all, prompt, response, got "):
+        make_vector("joy", meta={"when": when})
+
+
 @given(vectors(limit=2.0**40), vectors(limit=2.0**40), vectors(limit=2.0**40))
 def test_of_a_purified_vector_the_others_are_gone(a: Vector, b: Vector, c: Vector) -> None:
     pure = purified(a, [b, c])

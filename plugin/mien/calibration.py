@@ -25,7 +25,7 @@ from .vector import MetaValue, Vector
 
 COEFFICIENTS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 REPLY_TOKENS = 40
-AT_ONCE = 5  # coefficients that are measured in one go
+AT_ONCE = 4  # coefficients that are measured in one go
 
 
 # Log-probabilities of the tokens of each reply: of the high pole, and of the low.
@@ -40,11 +40,14 @@ class Budget:
     most probable replies, so that any other manner costs much: below twice as much, few can be told from
     none. perplexity_alone: the same of the replies read without their prompts, where manner costs little
     and broken text does. repetition: the share of trigrams, on top of that of the unsteered replies.
+    distinct: distinct-2 of all replies together, as a share of that of the unsteered ones, at least: a model
+    that says the same to everything may say it well.
     """
 
     perplexity: float = 5.0
     perplexity_alone: float = 1.5
     repetition: float = 0.10
+    distinct: float = 0.6
 
     def broken(self, dose: Dose, plain: Dose) -> bool:
         """Whether the perplexity of the replies to their prompts, which grows with the dose, is over it."""
@@ -55,6 +58,7 @@ class Budget:
             not self.broken(dose, plain)
             and dose.perplexity_alone <= self.perplexity_alone * plain.perplexity_alone
             and dose.repetition <= self.repetition + plain.repetition
+            and dose.distinct >= self.distinct * plain.distinct
         )
 
 
@@ -137,7 +141,7 @@ def calibrate(
     the one below the budget of perplexity that repeats least is chosen, and `holds` says that it does not.
 
     Chosen is the largest that keeps to the budget before the perplexity of the answers first leaves it. The
-    other two do not grow steadily with the dose, so that they have a say at each dose alone. Every dose of
+    other three do not grow steadily with the dose, so that they have a say at each dose alone. Every dose of
     the curve, the chosen one with them, was measured.
     """
     budget = budget or Budget()
@@ -160,8 +164,9 @@ def calibrate(
         raise MienError(
             f"{vector.name}: no dose keeps to the budget; already at {ascending[0]:g} times its length the "
             f"replies have perplexity {first.perplexity:.1f} (unsteered {plain.perplexity:.1f}), read alone "
-            f"{first.perplexity_alone:.1f} ({plain.perplexity_alone:.1f}), and repetition "
-            f"{first.repetition:.2f} ({plain.repetition:.2f}); use fewer layers or other texts"
+            f"{first.perplexity_alone:.1f} ({plain.perplexity_alone:.1f}), repetition "
+            f"{first.repetition:.2f} ({plain.repetition:.2f}) and distinct-2 {first.distinct:.2f} "
+            f"({plain.distinct:.2f}); use fewer layers or other texts"
         )
     if poles is not None:
         effects = poles.effect(many, [many.compile(vector * d.coefficient) for d in curve])
@@ -211,6 +216,7 @@ def bake(vector: Vector, calibration: Calibration) -> Vector:
         "calibration.perplexity_budget": calibration.budget.perplexity,
         "calibration.perplexity_alone_budget": calibration.budget.perplexity_alone,
         "calibration.repetition_budget": calibration.budget.repetition,
+        "calibration.distinct_budget": calibration.budget.distinct,
     }
     if not np.isnan(curve[-1].effect):
         words["calibration.effect"] = [dose.effect for dose in curve]

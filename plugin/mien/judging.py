@@ -3,7 +3,8 @@
 Strength is judged by likelihood: how much more probable the steered model holds the replies of one pole than
 those of the other (`gap`), which is exact, cheap, and works where a small model's own text is too weak.
 Fluency takes two measures, since text that repeats itself has a low perplexity: the perplexity of the replies
-under the unsteered model, and the share of trigrams that repeat.
+under the unsteered model, and the share of trigrams that repeat. Which of several manners a reply shows is
+told by a probe of the unsteered model's states (`Probe`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from .extraction import Reading
+from .methods import Direction, States, lda
 
 RESAMPLES = 1000
 
@@ -81,3 +85,21 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return np.asarray(((ends - counts + ends - 1) / 2)[inverse])
+
+
+class Probe:
+    """Tells which of several sets new states belong to: the one that LDA tells best from all others."""
+
+    def __init__(self, reading: Reading) -> None:
+        """Of the first layer of `reading`."""
+        sets = {name: states.rows[:, 0].astype(np.float64) for name, states in reading.sets.items()}
+        self.names = list(sets)
+        self._sides: list[Direction] = [
+            lda(rows, np.concatenate([other for name, other in sets.items() if name != one]))
+            for one, rows in sets.items()
+        ]
+
+    def __call__(self, states: States) -> list[str]:
+        """The set of each row of `states`, float64 (n, n_embd)."""
+        odds = np.stack([states @ side.row + (side.bias or 0.0) for side in self._sides], axis=1)
+        return [self.names[i] for i in odds.argmax(axis=1)]

@@ -32,33 +32,30 @@ from .errors import MienError
 from .evaluation import Evaluator, Progress, Text
 from .extraction import Reading, middle, read_states, vector_between, vector_of
 from .fingerprint import Fingerprint
-from .judging import spearman
+from .judging import Probe, gap, spearman
 from .pack import Pack, write_whole
 from .program import NOTHING, Program
-from .responses import ENOUGH, KEPT, PROBED, REPEATED, TOKENS, own_replies
 from .vector import Floats, MetaValue, Vector, purified
 from .vectorfile import load
 
 METHODS = ("trained", "mean")
-PROMPTS = 6  # that a dose is measured on
-REPLY_TOKENS = 32
+PROMPTS = 8  # that a dose is measured on
+REPLY_TOKENS = 40
 COEFFICIENTS = {  # of the raw rows; trained ones are of a length that works
-    "trained": (0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.3),
+    "trained": (0.15, 0.22, 0.3, 0.4, 0.52, 0.68, 0.9, 1.2),
     "mean": (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45),
 }
 AGAIN = (0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 3.0)  # of a vector that has had a full dose
 ITEMS = 8  # given replies of each pole that an effect is measured on
-FEW = 3  # items of the test split that each of nine doses is measured on; full dose is measured on all
 CROSS = 8  # items that cross effects are measured on, or as many as the split has
 ROUNDS, TRAIT_ROUNDS = 2, 3  # of training; a trait has fewer texts than a group
-WRITE = 0.5  # of rows trained on given replies: what the model writes its own under
-FEWEST = 4  # replies of its own, below which given ones are taken
 DOSES = tuple(k / 8 for k in range(9))
 EXAMPLE_DOSES = DOSES[::2]
 RANDOM = 2  # random directions that a vector is compared with
 MONOTONE = 0.95
 LEAK, KEEP = 0.5, 0.9  # shares of a vector's own effect: what is a leak, and what must stay
 DROP = 0.3  # the share by which purifying must lessen a leak, for as much of the own effect
+SHOWN, PROBED = 24, 2 / 3  # replies that are looked at for what they show, and the depth they are read at
 READ_TEXTS = 4
 FIRST, LAST = 0.2, 0.95  # blocks that are steered, as shares of the depth: the ends cost fluency
 
@@ -117,10 +114,22 @@ class Maker:
         self._plains: dict[object, Dose] = {}
         self._plain_scores: dict[str, Scores] = {}
         self._cache = self.folder / ".making"
-        trained = ROUNDS, TRAIT_ROUNDS, WRITE, FEWEST, KEPT, ENOUGH, REPEATED, TOKENS, PROBED
-        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {trained}"
+        rounds = ROUNDS, TRAIT_ROUNDS
+        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {rounds}"
         self._trained_key = hashlib.sha256(said.encode()).hexdigest()
-        how = COEFFICIENTS, AGAIN, PROMPTS, REPLY_TOKENS, ITEMS, FEW, CROSS, RANDOM, READ_TEXTS, DOSES
+        how = (
+            COEFFICIENTS,
+            AGAIN,
+            PROMPTS,
+            REPLY_TOKENS,
+            ITEMS,
+            CROSS,
+            SHOWN,
+            PROBED,
+            RANDOM,
+            READ_TEXTS,
+            DOSES,
+        )
         self._key = hashlib.sha256(f"{self._trained_key} {settings} {how}".encode()).hexdigest()
         self._families: dict[str, list[Trait | Group]] = {}
         every: list[Trait | Group] = [*corpus.groups, *corpus.traits]
@@ -170,18 +179,11 @@ class Maker:
         return replace(vector, meta=meta) if meta.pop("making", None) == self._key else None
 
     def _trained(self) -> dict[str, Floats]:
-        """{name: rows} of every vector, a family at a time.
-
-        A group's are trained again on the model's own replies. A trait's are not: what the model writes of
-        its own shows a trait too faintly to learn it from.
-        """
+        """{name: rows} of every vector, a family at a time."""
         rows: dict[str, Floats] = {}
         for family, entries in self._families.items():
-            groups = [entry for entry in entries if isinstance(entry, Group)]
-            rounds = ROUNDS if groups else TRAIT_ROUNDS
+            rounds = ROUNDS if any(isinstance(entry, Group) for entry in entries) else TRAIT_ROUNDS
             rows |= self._train(family, partial(_lessons, entries, self._text), rounds)
-            if groups:
-                rows |= self._train(f"{family}-own", partial(self._own_lessons, groups, rows), rounds)
         return rows
 
     def _train(self, stage: str, lessons: Callable[[], Iterable[Lesson]], rounds: int) -> dict[str, Floats]:
@@ -202,23 +204,6 @@ class Maker:
         np.savez(buffer := BytesIO(), **arrays)
         write_whole(path, buffer.getvalue())  # half a file would stop the next run
         return found
-
-    def _own_lessons(self, groups: Sequence[Group], rows: Mapping[str, Floats]) -> Iterator[Lesson]:
-        """The best replies that the model itself gives to what is said in the train split under `rows`."""
-        for group in groups:
-            manners = {
-                name: Vector(name, tuple(self.layers), rows[name] * WRITE, self.many.fingerprint)
-                for name in group.members
-            }
-            samples = _samples(group, group.of("train"))
-            asks = [event.text for event in group.of("train")]
-            progress = self._stage(f"answering as {group.family}")
-            own = own_replies(self.many, manners, samples, asks, progress=progress)
-            for name, texts in own.items():
-                if len(texts) < FEWEST:
-                    texts = [self._text(sample.user, sample.opening) for sample in samples[name]]
-                for text in texts:
-                    yield name, 1.0, text
 
     def _load_rows(self, path: Path) -> dict[str, Floats] | None:
         if not path.exists():
@@ -241,7 +226,7 @@ class Maker:
 
     def _trait(self, trait: Trait, rows: Mapping[str, Floats]) -> Vector:
         reading = self._read(_poles_of(trait.of("calibration" if rows else "train")), f"reading {trait.name}")
-        test = self._read(_poles_of(trait.of("test")[:FEW]), f"reading {trait.name}")
+        test = self._read(_poles_of(trait.of("test")[:ITEMS]), f"reading {trait.name}")
         meta = self._meta("trait", trait.family) | {"positive": trait.positive, "negative": trait.negative}
         return self._vector(trait.name, reading, "positive", rows, meta, test)
 
@@ -262,11 +247,12 @@ class Maker:
         test: Reading,
     ) -> Vector:
         if rows:
-            how = "trained on replies of both poles, from the last token of the prompt on"
-            vector = vector_of(name, rows[name], middle(reading), reading, {**meta, "method": how})
+            # On a prompt, too, it would blur what the prompt says: the replies are much alike then.
+            how = {"method": "trained on replies of both poles", "when": "response"}
+            vector = vector_of(name, rows[name], middle(reading), reading, {**meta, **how})
         else:
-            how = "mean, mean of the reply"
-            vector = vector_between(name, reading, positive, "mean", {**meta, "method": how})
+            how = {"method": "mean, mean of the reply"}
+            vector = vector_between(name, reading, positive, "mean", {**meta, **how})
         return replace(vector, meta={**vector.meta, "accuracy": _accuracy(vector, test, positive)})
 
     # ---- doses ----
@@ -307,8 +293,8 @@ class Maker:
         """Measure a family's cross effects, and take out of each vector what it shares where that helps.
 
         Of the other that it brings about most: it is left out where, at the purer vector's own full dose, at
-        least KEEP of the effect stays and the other's share of it falls by at least DROP. What was found is
-        added to the metadata.
+        least KEEP of the effect stays, the other's share of it falls by at least DROP, and no fewer of the
+        model's own replies show the manner. What was found is added to the metadata.
         """
         if len(names) < 2:
             return
@@ -332,7 +318,8 @@ class Maker:
                 if _is_purer(name, other, effects, self._crossed(f"{name}-tried", purer, both)):
                     scaled = self._calibrated(f"{name}-purified", purer, AGAIN)
                     after = self._crossed(f"{name}-purified", scaled, poles)
-                    if after[name] >= KEEP * effects[name] and _is_purer(name, other, effects, after):
+                    kept = after[name] >= KEEP * effects[name] and _is_purer(name, other, effects, after)
+                    if kept and self._shown(f"{name}-purified", scaled) >= self._shown(name, given[name]):
                         vectors[name], effects = scaled, after
                         words["purified"] = other
             words["leakage.effect"] = [effects[o] for o in names]
@@ -358,6 +345,27 @@ class Maker:
             return found
 
         return dict(self._kept(f"cross-{stage}", find, vector))
+
+    def _shown(self, stage: str, vector: Vector) -> float:
+        """The share of the model's own replies to the calibration split that show the manner at full dose."""
+
+        def find() -> float:
+            entry, layer = self._entry(vector.name), round(PROBED * (self.many.fingerprint.n_layer - 1))
+            if isinstance(entry, Group):
+                sides = _samples(entry, entry.of("calibration", replied=True))
+                asks, own = [event.text for event in entry.of("calibration")], vector.name
+            else:
+                sides = _poles_of(entry.of("calibration"))
+                asks, own = [pair.ask for pair in entry.of("calibration")], "positive"
+            probe = Probe(read_states(self.many, sides, read="mean", layers=[layer]))
+            prompts = [self._text(ask) for ask in asks[:: max(len(asks) // SHOWN, 1)][:SHOWN]]
+            every = [self.many.compile(vector)] * len(prompts)
+            replies = self.many.generate(prompts, REPLY_TOKENS, programs=every)
+            told = [reply for reply in replies if reply.answer]
+            states = [rows[0].mean(axis=0) for _, rows in self.many.capture(told, [layer])]
+            return probe(np.array(states, dtype=np.float64)).count(own) / len(replies) if told else 0.0
+
+        return float(self._kept(f"shown-{stage}", find, vector))
 
     def _readouts(self, vectors: Mapping[str, Vector]) -> dict[str, dict[str, MetaValue]]:
         """By vector, how far full dose of it moves each readout; 1: what that one adds to a layer itself."""
@@ -400,21 +408,20 @@ class Maker:
         return dict(self._kept(f"test-{vector.name}", partial(self._evaluate, vector, progress), vector))
 
     def _evaluate(self, vector: Vector, progress: Progress) -> dict[str, Any]:
-        many, few, all_ = self.many, *(self._poles(vector.name, "test", n) for n in (FEW, ITEMS))
+        many, poles = self.many, self._poles(vector.name, "test")
         programs = [many.compile(vector * dose) if dose else NOTHING for dose in DOSES]
         random = [many.compile(_random_like(vector, k)) for k in range(RANDOM)]
-        effects = few.effect(many, [*programs, *random])
-        progress(1, 3)
-        plain, steered = all_.scores(many, [NOTHING, programs[-1]])
-        shift = raised(plain, steered)
-        progress(2, 3)
+        scores = poles.scores(many, [*programs, *random])
+        effects = [gap(high, low).value for high, low in scores]
+        shift = raised(scores[0], scores[len(DOSES) - 1])
+        progress(1, 2)
         prompt = self.prompts(vector.name, "test")[0]
         examples = many.generate(
             [prompt] * len(EXAMPLE_DOSES),
             48,
             programs=[programs[DOSES.index(dose)] for dose in EXAMPLE_DOSES],
         )
-        progress(3, 3)
+        progress(2, 2)
         found: dict[str, Any] = {
             "test.dose": list(DOSES),
             "test.curve": [effect - effects[0] for effect in effects[: len(DOSES)]],
@@ -565,4 +572,5 @@ def _random_like(vector: Vector, seed: int) -> Vector:
     rows = np.stack([vector.directions[layer] for layer in vector.layers])
     drawn = random.standard_normal(rows.shape)
     drawn *= np.linalg.norm(rows, axis=1, keepdims=True) / np.linalg.norm(drawn, axis=1, keepdims=True)
-    return Vector(f"random{seed}", vector.layers, drawn.astype(np.float32), vector.fingerprint)
+    meta = {"when": vector.when}
+    return Vector(f"random{seed}", vector.layers, drawn.astype(np.float32), vector.fingerprint, meta=meta)

@@ -223,7 +223,9 @@ def _holds(turn: tuple[int, int | None] | None, at: int) -> bool:
 def _program(
     recipe: Recipe, terms: list[tuple[Term, Dose]], model: Fingerprint, sites: Sites | None
 ) -> Program:
-    whens = [("response" if counts_reply(term) else term.when, dose) for term, dose in terms]
+    whens = [
+        ("response" if counts_reply(term) else term.when or dose.vector.when, dose) for term, dose in terms
+    ]
     prompt = _part([dose for when, dose in whens if when != "response"], model, sites)
     remembers = any(gate.remembers for _, dose in whens for gate in dose.gates)
     if all(when == "all" for when, _ in whens):

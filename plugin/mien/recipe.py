@@ -14,7 +14,8 @@ calls. Calls on a vector or a sum say how much and when:
     x(0.7)                0.7 * x
     x("slightly")         the same by name: slightly, somewhat, moderately, very, extremely (LEVELS)
     x(keep_norm=True)     add, and give the row its length back
-    x(when="response")    only on tokens of the reply; "prompt": only on what the model is given
+    x(when="response")    only on tokens of the reply; "prompt": only on what the model is given; "all": on
+                          both. Where it is not said, the vector says it (Vector.when), mostly "all"
     x(start=5, stop=50)   only on these tokens of the reply, counted from 0, `stop` left out
     x(ramp=10)            over the first 10 of them growing to the full dose
     x(decay=40)           halved every 40 of them
@@ -112,15 +113,16 @@ class Gate(NamedTuple):
 class Term:
     """`coefficient` (a dose: 1.0 is the strongest fluent one) times what `operator` does with `vector`.
 
-    when: the tokens it acts on, one of WINDOWS. keep_norm: of "add", whether the row gets its length
-    back. operator: one of OPERATORS. value: of "clamp" the readouts to reach, of "edit" the margin.
-    start, stop, ramp, decay: counts of tokens of the reply, see the module; with one of them the term
-    acts on the reply alone. turn: first and last reply of a chat, counted from 1. gates: all must be open.
+    when: the tokens it acts on, one of WINDOWS, or "" for those that its vector is made for. keep_norm: of
+    "add", whether the row gets its length back. operator: one of OPERATORS. value: of "clamp" the readouts
+    to reach, of "edit" the margin. start, stop, ramp, decay: counts of tokens of the reply, see the module;
+    with one of them the term acts on the reply alone. turn: first and last reply of a chat, counted from 1.
+    gates: all must be open.
     """
 
     coefficient: float
     vector: Source
-    when: str = "all"
+    when: str = ""
     keep_norm: bool = False
     operator: str = "add"
     value: tuple[float, ...] = ()
@@ -145,7 +147,7 @@ class Term:
         for key in ("decay", "ramp", "stop", "start"):
             if getattr(self, key) != Term.__dataclass_fields__[key].default:
                 said.insert(0, f"{key}={getattr(self, key)!r}")
-        if self.when != "all":
+        if self.when:
             said.insert(0, f'when="{self.when}"')
         if self.operator == "edit":
             said[:0] = [] if self.value in ((), (DEFAULT_MARGIN,)) else [f"margin={self.value[0]!r}"]
@@ -190,7 +192,7 @@ def _sum(terms: Iterable[tuple[float, str]]) -> str:
 
 def require_sound(term: Term) -> None:
     """Raise RecipeError where a term says what has no meaning. A parsed one may, too: 3*ablate(x)."""
-    if term.when not in WINDOWS:
+    if term.when not in ("", *WINDOWS):
         raise RecipeError(f"when: expected one of {', '.join(map(repr, WINDOWS))}, got {term.when!r}")
     if term.operator not in OPERATORS:
         raise RecipeError(f"operator: expected one of {', '.join(OPERATORS)}, got {term.operator!r}")
@@ -293,7 +295,7 @@ class _Manner(NamedTuple):
     """What a term is but for its coefficient, in the order of Term's fields."""
 
     vector: Source
-    when: str = "all"
+    when: str = ""
     keep_norm: bool = False
     operator: str = "add"
     value: tuple[float, ...] = ()

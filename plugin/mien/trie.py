@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,58 @@ class Chunk:
     branches: list[Branch] = field(default_factory=list)
 
 
+class Mark(NamedTuple):
+    """What else must be equal for two texts to share tokens: `before` for those up to number `start`,
+    and all three for those from there on."""
+
+    before: Hashable = ()
+    start: int = 0
+    after: Hashable = ()
+
+
 def chunks(
     texts: Sequence[Sequence[int]],
-    keys: Sequence[Hashable] | None = None,
+    marks: Sequence[Mark] | None = None,
     *,
     cells: int = 512,
     leaves: int = 32,
 ) -> Iterator[Chunk]:
     """Cut the tree of `texts`, none of them empty, into chunks.
 
-    keys: texts share tokens only where these are equal; all by default. cells, leaves: at most so many
-    nodes, unless one text alone has more, and leaves a chunk.
+    marks: by text; by default they are alike. Where texts of different marks share tokens, those are in an
+    earlier chunk, so that in each chunk a node is of one mark. cells, leaves: at most so many nodes, unless
+    one text alone has more, and leaves a chunk.
     """
-    groups: dict[Hashable, int] = {}
-    marks = [groups.setdefault(key, len(groups)) for key in keys] if keys is not None else [0] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: (marks[i], texts[i], i))
+    marks = marks or [Mark()] * len(texts)
+    places: dict[Hashable, int] = {}
+    for mark in marks:
+        places.setdefault(mark.before, len(places))
+        places.setdefault(mark, len(places))
+    order = sorted(
+        range(len(texts)),
+        key=lambda i: (
+            places[marks[i].before],
+            texts[i][: marks[i].start],
+            places[marks[i]],
+            texts[i][marks[i].start :],
+            i,
+        ),
+    )
     chunk, before = Chunk(0), -1
     path: list[int | None] = []  # the chunk's nodes that the newest text is made of, None for a kept token
     for i in order:
         same = before >= 0 and marks[before] == marks[i]
-        common = _common(texts[before], texts[i]) if same else 0
-        extends = before >= 0 and same and common == len(texts[before])
+        common = _common(texts[before], texts[i]) if before >= 0 else 0
+        if not same and before >= 0:
+            alike = marks[before].before == marks[i].before
+            common = min(common, marks[before].start, marks[i].start) if alike else 0
+        extends = same and common == len(texts[before])
         full = len(chunk.tokens) + len(texts[i]) - common > cells or (
             len(chunk.shared) == leaves and not extends
         )
-        if chunk.branches and full and common < len(texts[i]):
+        apart = not same and any(node is not None for node in path[:common])
+        grows = common < len(texts[i]) or not same
+        if chunk.branches and (apart or (full and grows)):
             _close(chunk, path)
             yield chunk
             chunk, path, extends = Chunk(common), [None] * common, False

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .errors import ModelMismatch, VectorError
 from .fingerprint import Fingerprint
+from .recipe import WINDOWS
 from .spans import CUT, coordinates, orthonormal, reading
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -39,8 +40,9 @@ class Vector:
     model_hint: the architecture's name. meta: the file's `mien.` keys without that prefix. site: one of
     SITES.
 
-    Two keys of meta belong to the floats. bias: one number a layer, of a linear probe <direction, h> +
-    bias. center: what `readouts` take for zero, one number a direction, in the readout's own units.
+    Three keys of meta belong to the floats. bias: one number a layer, of a linear probe <direction, h> +
+    bias. center: what `readouts` take for zero, one number a direction, in the readout's own units. when:
+    the tokens that it is made to act on, one of WINDOWS, where a recipe says nothing else.
 
     Raises VectorError for a shape, layer or number that can't be.
     """
@@ -78,6 +80,8 @@ class Vector:
         object.__setattr__(self, "layers", layers)
         self._check_numbers("bias", len(layers))
         self._check_numbers("center", len(layers) * self.rank)
+        if self.when not in WINDOWS:
+            raise VectorError(f"{self.name}: when: expected one of {', '.join(WINDOWS)}, got {self.when!r}")
         if self.fingerprint is not None:
             wide = self.site in ("residual", "attention", "mlp") and self.width != self.fingerprint.n_embd
             if wide or layers[-1] >= self.fingerprint.n_layer:
@@ -175,6 +179,11 @@ class Vector:
         values = self.meta.get("bias")
         return None if values is None else np.array(values, dtype=np.float64)
 
+    @property
+    def when(self) -> MetaValue:
+        """One of WINDOWS; "all" where the file does not say."""
+        return self.meta.get("when", "all")
+
     @cached_property
     def layer_ids(self) -> npt.NDArray[np.int32]:
         """The layers as an int32 array, as the engine takes them."""
@@ -201,7 +210,8 @@ class Vector:
         write(self, path)
 
     # Arithmetic. Results carry no calibration: a sum has not been measured. But what counts as zero follows
-    # from that of the parts, and so does the bias of a probe that is only made longer or turned round.
+    # from that of the parts, and so does the bias of a probe that is only made longer or turned round. And
+    # where the parts are made for the same tokens, so is the result.
 
     def __mul__(self, factor: float) -> Vector:
         if not isinstance(factor, (int, float, np.integer, np.floating)):
@@ -229,7 +239,7 @@ class Vector:
         return self._derived(f"-{self.name}", self.layers, -self.rows, self._scaled_meta(-1.0))
 
     def _scaled_meta(self, factor: float) -> dict[str, MetaValue]:
-        meta: dict[str, MetaValue] = {}
+        meta = _when(self)
         with np.errstate(over="ignore"):  # as in __mul__
             if self.bias is not None:
                 meta["bias"] = (self.bias * factor).tolist()
@@ -252,7 +262,7 @@ class Vector:
         for vector in (self, other):
             means[[layers.index(layer) for layer in vector.layers]] += vector._means()
         measured = "center" in self.meta and "center" in other.meta
-        meta = _center(rows[:, None], means) if measured else {}
+        meta = _when(self, other) | (_center(rows[:, None], means) if measured else {})
         return self._derived(f"{self.name} + {other.name}", layers, rows, meta)
 
     def __sub__(self, other: Vector) -> Vector:
@@ -343,7 +353,9 @@ def purified(vector: Vector, others: Sequence[Vector]) -> Vector:
             # What is removed is a sum of their directions, and so its mean one of theirs.
             means[i] -= removed @ reading(span).T @ np.concatenate([known[k] for _, known, k in at])
     left = rows.astype(np.float32)
-    meta = _center(left, means) if all("center" in v.meta for v in (vector, *others)) else {}
+    meta = _when(vector)
+    if all("center" in v.meta for v in (vector, *others)):
+        meta |= _center(left, means)
     name = f"purify({', '.join(v.name for v in (vector, *others))})"
     return vector._derived(name, vector.layers, left.reshape(vector.rows.shape), meta)
 
@@ -372,9 +384,17 @@ def stacked(vectors: Sequence[Vector], *, apart: bool = False) -> Vector:
         start += rank
     rows = reading(rows) if apart else rows
     name = ", ".join(vector.name for vector in vectors)
-    meta: dict[str, MetaValue] = {"center": center.ravel().tolist()} if center.any() else {}
+    meta = _when(*vectors)
+    if center.any():
+        meta["center"] = center.ravel().tolist()
     with np.errstate(over="ignore"):
         return first._derived(name, layers, rows.astype(np.float32), meta)
+
+
+def _when(*vectors: Vector) -> dict[str, MetaValue]:
+    """The metadata that says on which tokens all of them act; empty where that is all, or they differ."""
+    whens = {vector.when for vector in vectors}
+    return {"when": whens.pop()} if len(whens) == 1 and whens != {"all"} else {}
 
 
 def _center(spans: Floats, means: npt.NDArray[np.float64]) -> dict[str, MetaValue]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +207,9 @@ def build(folder: Path, name: str, version: str, licence: str, description: str,
 @click.option("--perplexity", type=float, help="Budget: of answers, times that of the unsteered ones.")
 @click.option("--perplexity-alone", type=float, help="Budget: of the same replies without their prompts.")
 @click.option("--repetition", type=float, help="Budget: share of trigrams on top of the unsteered replies'.")
+@click.option(
+    "--distinct", type=float, help="Budget: distinct-2, as a share of the unsteered replies', at least."
+)
 @threads_option
 @json_option
 def make(
@@ -222,6 +225,7 @@ def make(
     perplexity: float | None,
     perplexity_alone: float | None,
     repetition: float | None,
+    distinct: float | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -236,11 +240,16 @@ def make(
     from ..evaluation import evaluator
     from ..making import Maker, Settings, pack_name
     from ..models import find_model
-    from ..runtimes.llama_text import load_llama
+    from ..runtimes.llama_text import in_float32, load_llama
 
     corpus, path = Corpus.read(data), find_model(model)
     method = method or ("trained" if find_spec("torch") and find_spec("transformers") else "mean")
-    given = {"perplexity": perplexity, "perplexity_alone": perplexity_alone, "repetition": repetition}
+    given = {
+        "perplexity": perplexity,
+        "perplexity_alone": perplexity_alone,
+        "repetition": repetition,
+        "distinct": distinct,
+    }
     budget = Budget(**{name: value for name, value in given.items() if value is not None})
     settings = Settings(method, tuple(_layers(layers) or ()), budget)
 
@@ -253,8 +262,10 @@ def make(
             torch.set_num_threads(threads)
         return load_hf(path)[0]
 
-    llm = load_llama(path, n_ctx=1024, n_threads=threads, flash_attn=True)
-    with closing(evaluator(llm)) as many:
+    with ExitStack() as open_:
+        quick = open_.enter_context(in_float32(path))
+        llm = load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)
+        many = open_.enter_context(closing(evaluator(llm)))
         name = name or pack_name(many.fingerprint)
         maker = Maker(
             many,

@@ -19,7 +19,7 @@ from ..evaluation import Progress, Text, programs_of, require_room, silent
 from ..program import NOTHING, Program
 from ..recipe import RecipeLike
 from ..steering import Steering
-from ..trie import Chunk, chunks, successors
+from ..trie import Chunk, Mark, chunks, successors
 from ..vector import Floats
 from .llama_context import PointerRuntime, init_from_model
 from .llama_text import chat_tokens, raw_tokens
@@ -157,18 +157,16 @@ class LlamaEvaluator:
     def _plan(self, texts: Sequence[Text], programs: Sequence[Program]) -> list[Chunk]:
         """The tree of texts in chunks."""
         require_room(texts, self._room)
-        # Under a program tokens are shared only where it does the same to them; one that acts on replies
-        # alone goes by where the reply begins.
-        keys: list[object] = [
-            i
-            if not self._sharing
-            else ()
-            if program is NOTHING
-            else (program.prompt.key, program.response.key, text.reply)
-            for i, (text, program) in enumerate(zip(texts, programs))
-        ]
+        if not self._sharing:
+            marks = [Mark(i) for i in range(len(texts))]
+        else:
+            # Tokens are shared where the same is done to them.
+            marks = [
+                Mark() if program is NOTHING else Mark(program.prompt.key, text.reply, program.response.key)
+                for text, program in zip(texts, programs)
+            ]
         leaves = LEAVES if self._sharing else 1
-        return list(chunks([text.tokens for text in texts], keys, cells=CELLS, leaves=leaves))
+        return list(chunks([text.tokens for text in texts], marks, cells=CELLS, leaves=leaves))
 
     def _walk(
         self, plan: Sequence[Chunk], texts: Sequence[Text], programs: Sequence[Program], progress: Progress
