@@ -3,7 +3,7 @@
 # make check  lint and types alone
 # make bench  what steering costs, as ratios
 # make peers  the same beside repeng and steering-vectors, in an environment of their own (10 minutes)
-# make pack   make the shipped pack again from the contrast data (an hour or two)
+# make pack   make the shipped pack again from the contrast data (an hour)
 # make clean  remove the environment and what was built
 
 SHELL := /bin/bash
@@ -53,7 +53,7 @@ peers:
 	$(PYTHON) benchmarks/peers.py
 
 pack: $(VENV)/.dev
-	$(BIN)/mien pack make --out vectors/smollm2-135m-instruct --name smollm2-135m-instruct --version 2.0.0 \
+	$(BIN)/mien pack make --out vectors/smollm2-135m-instruct --name smollm2-135m-instruct --version 3.0.0 \
 	    --licence Apache-2.0 --description "Ten emotions and thirty-five traits for SmolLM2-135M-Instruct."
 
 clean:

@@ -45,7 +45,7 @@ class Budget:
     """
 
     perplexity: float = 5.0
-    perplexity_alone: float = 1.5
+    perplexity_alone: float = 2.5
     repetition: float = 0.10
     distinct: float = 0.6
 

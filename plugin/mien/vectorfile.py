@@ -50,6 +50,7 @@ KEYS = {
     "positive": "the pole that a positive coefficient steers to, in words",
     "negative": "the pole that a negative coefficient steers to, in words",
     "site": "where it acts: residual, attention, mlp, heads, neurons or experts",
+    "when": "the tokens it acts on where a recipe does not say: all, prompt or response",
     "width": "of a file of mien's own: how many floats a row has there",
     "model_hint": "of a file of mien's own: the model's architecture",
     "head_dim": "of heads: how many floats each has",
@@ -64,7 +65,7 @@ KEYS = {
     "scale": "the factor that was baked in, on the raw difference",
     "strength": "per direction: its length over the median norm of the residual stream there",
     "stream_norm": "per direction: that norm",
-    "calibration.*": "the dose curve: coefficient, perplexity, repetition; and the budgets",
+    "calibration.*": "the dose curve: coefficient, perplexity, repetition, distinct-2; and the budgets",
     "licence": "SPDX identifier",
     "model.*": "the fingerprint of the model it was made on",
 }

@@ -96,7 +96,7 @@ def info(name: str, as_json: bool) -> None:
     strength, bias, center = (meta.pop(key, None) for key in ("strength", "bias", "center"))
     curves: dict[str, Any] = {
         key: meta.pop(f"calibration.{key}", None)
-        for key in ("dose", "perplexity", "perplexity_alone", "repetition")
+        for key in ("dose", "perplexity", "perplexity_alone", "repetition", "distinct")
     }
     for key, value in sorted(meta.items()):
         if not isinstance(value, list):
