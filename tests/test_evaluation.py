@@ -18,7 +18,7 @@ import torch
 from mien.errors import MienError, RuntimeNotSupported
 from mien.evaluation import Evaluator, Text, evaluator
 from mien.program import Program
-from mien.recipe import Recipe, as_recipe
+from mien.recipe import Recipe, Term, as_recipe
 from mien.vector import Vector
 from numpy.typing import NDArray
 from tiny_hybrids import build_plamo2
@@ -145,20 +145,41 @@ def test_replies_are_those_that_each_prompt_has_alone(many: Evaluator, small: ti
     )
 
 
-def test_a_window_over_the_reply_begins_where_the_text_says(small: tiny.Tiny) -> None:
+def test_a_window_over_the_reply_begins_where_the_text_says(many: Evaluator, small: tiny.Tiny) -> None:
     """A given reply is steered as the one that the model writes itself."""
-    many = evaluator(load(small))
     program = many.compile(replied(vector(small, 1)))
-    prompts = [Text(text.tokens[:10], 10) for text in texts()[::7]]
+    prompts = [Text(text.tokens[: 10 - k % 3], 10 - k % 3) for k, text in enumerate(texts()[::7])]
     replies = many.generate(prompts, 5, programs=[program] * len(prompts))
     scores = many.log_probabilities(replies, programs=[program] * len(prompts))
     for reply, score in zip(replies, scores, strict=True):
         for k in range(len(reply.answer)):  # what was chosen is the most probable under the same steering
-            prefix = Text(reply.tokens[: 10 + k], 10)
-            others = [Text((*prefix.tokens, token), 10) for token in range(3, 120, 13)]
+            prefix = reply.tokens[: reply.reply + k]
+            others = [Text((*prefix, token), reply.reply) for token in range(3, 120, 13)]
             rivals = many.log_probabilities(others, programs=[program] * len(others))
             assert score[k] >= max(rival[-1] for rival in rivals) - 1e-4
-    many.close()
+
+
+def test_a_given_reply_under_windows_is_alike_in_both_runtimes(small: tiny.Tiny) -> None:
+    every = {}
+    for model in (load(small), small.model):
+        with closing(evaluator(model)) as many:
+            kinds = [
+                many.compile(recipe)
+                for recipe in (
+                    replied(vector(small, 1)),
+                    None,
+                    Recipe((Term(1.0, vector(small, 2), when="prompt"),)),
+                    Recipe((Term(1.0, vector(small, 2), start=1, stop=3),)),
+                )
+            ]
+            given = [Text(text.tokens, 10 - k % 2) for k, text in enumerate(texts()[::3])]
+            programs = [kinds[k % 4] for k in range(len(given))]
+            states = dict(many.capture(given, [1, 2], programs=programs))
+            every[type(model)] = many.log_probabilities(given, programs=programs), states
+    (ours, our_states), (theirs, their_states) = every.values()
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+        np.testing.assert_allclose(our_states[k], their_states[k], atol=5e-5)
 
 
 def test_replies_under_several_windows_share_their_prompt(small: tiny.Tiny) -> None:
@@ -179,13 +200,6 @@ def test_replies_under_several_windows_share_their_prompt(small: tiny.Tiny) -> N
             (expected,) = many.log_probabilities([text], programs=[program])
             np.testing.assert_allclose(scores, expected, atol=2e-5)
         assert len({tuple(scores.round(4)) for scores in found}) == len(found), "what was steered is alike"
-
-
-def test_windows_over_a_given_reply_are_refused_in_transformers(small: tiny.Tiny) -> None:
-    with closing(evaluator(small.model)) as many:
-        program = many.compile(replied(vector(small, 1)))
-        with pytest.raises(RuntimeNotSupported, match="without windows"):
-            many.log_probabilities(texts()[:1], programs=[program])
 
 
 def test_both_runtimes_agree(small: tiny.Tiny) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import MienError, RuntimeNotSupported
+from ..errors import MienError
 from ..evaluation import Progress, Text, programs_of, require_room, silent
 from ..program import NOTHING, Program
 from ..recipe import RecipeLike
@@ -22,6 +22,7 @@ from ..trie import Chunk, chunks
 from ..vector import Floats
 from . import attach
 from .hf_layers import find_layers, text_config
+from .hf_rows import tracker_of
 from .hf_text import chat_inputs
 
 CELLS = 512
@@ -36,7 +37,8 @@ class HFEvaluator:
         self._model, self._given = model, tokenizer
         self._steering = attach(model, tokenizer=tokenizer)
         self.fingerprint = self._steering.model
-        self._layers = find_layers(model).modules
+        found = find_layers(model)
+        self._layers, self._tracker = found.modules, tracker_of(found.owner)
         self._room = int(getattr(text_config(model), "max_position_embeddings", 1 << 20))
 
     def close(self) -> None:
@@ -148,10 +150,6 @@ class HFEvaluator:
         require_room(texts, self._room)
         every = programs_of(programs, len(texts))
         steered = any(program is not NOTHING for program in every)
-        if steered and any(program.prompt.key != program.response.key for program in every):
-            raise RuntimeNotSupported(
-                "in transformers a given reply is steered as a prompt is: expected recipes without windows"
-            )
         longest = max((len(text.tokens) for text in texts), default=0)
         if steered or not self._masks(longest):
             yield from self._by_rows(texts, every, layers, progress)
@@ -173,16 +171,14 @@ class HFEvaluator:
             part = order[start : start + ROWS]
             self._steering.set([programs[i] for i in part])
             try:
-                tokens, there = _padded([texts[i].tokens for i in part])
+                tokens, there, given = _aligned([texts[i] for i in part])
                 positions = (there.cumsum(1) - 1).clamp(min=0)
-                states, logits = self._forward(tokens, there, positions, layers)
+                with self._tracker.replying(given, len(part), there):
+                    states, logits = self._forward(tokens, there, positions, layers)
             finally:
                 self._steering.clear()
-            width = tokens.shape[1]
-            paths = [
-                [row * width + k for k in range(width - len(texts[i].tokens), width)]
-                for row, i in enumerate(part)
-            ]
+            firsts = [row * tokens.shape[1] + given - texts[i].reply for row, i in enumerate(part)]
+            paths = [[*range(first, first + len(texts[i].tokens))] for first, i in zip(firsts, part)]
             flat = states.reshape(len(layers), tokens.numel(), -1) if layers else states[:, 0]
             yield part, paths, flat, logits.flatten(0, 1)
             progress(start + len(part), len(order))
@@ -235,6 +231,19 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         tokens[i, width - len(row) :] = torch.tensor(row)
         there[i, width - len(row) :] = 1
     return tokens, there
+
+
+def _aligned(texts: Sequence[Text]) -> tuple[Tensor, Tensor, int]:
+    """(tokens, which are there, columns before the replies), padded so that all replies begin in one."""
+    given = max(text.reply for text in texts)
+    width = given + max(len(text.answer) for text in texts)
+    tokens = torch.zeros(len(texts), width, dtype=torch.long)
+    there = torch.zeros(len(texts), width, dtype=torch.long)
+    for i, text in enumerate(texts):
+        place = slice(given - text.reply, given + len(text.answer))
+        tokens[i, place] = torch.tensor(text.tokens)
+        there[i, place] = 1
+    return tokens, there, given
 
 
 def _tree(

@@ -15,7 +15,8 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -106,13 +107,8 @@ class _Generate:
         functools.update_wrapper(self, original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        local = self.tracker.local
-        before = local.generation
-        local.generation = _generation(*args, **kwargs)
-        try:
+        with self.tracker.replying(*_generation(*args, **kwargs)):
             return self.original(*args, **kwargs)
-        finally:
-            local.generation = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)  # the bound method of the copied model
@@ -121,13 +117,14 @@ class _Generate:
         return getattr, (self.original.__self__, "generate")  # type: ignore[attr-defined]  # it is bound
 
 
-def _generation(*args: Any, **kwargs: Any) -> _Generation:
+def _generation(*args: Any, **kwargs: Any) -> tuple[int, int, Tensor | None]:
+    """(columns, rows, attention mask) that are passed to `generate`."""
     names = ("inputs", "input_ids", "inputs_embeds")
     tensors = [*args[:1], *(kwargs.get(name) for name in names)]
     found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if not found:  # `generate` begins with one token of its own
-        return _Generation(1, 1, None)
-    return _Generation(found[-1].shape[1], found[-1].shape[0], kwargs.get("attention_mask"))
+        return 1, 1, None
+    return found[-1].shape[1], found[-1].shape[0], kwargs.get("attention_mask")
 
 
 class _Local(threading.local):
@@ -172,6 +169,16 @@ class Tracker:
 
     def __reduce__(self) -> Any:
         return Tracker, ()
+
+    @contextmanager
+    def replying(self, given: int, batch: int, mask: Tensor | None) -> Iterator[None]:
+        """Passes inside are of a `generate` that `batch` rows of `given` tokens were passed to."""
+        before = self.local.generation
+        self.local.generation = _Generation(given, batch, mask)
+        try:
+            yield
+        finally:
+            self.local.generation = before
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
