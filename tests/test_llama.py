@@ -18,14 +18,17 @@ import llama_cpp.llama_cpp as api
 import mien
 import numpy as np
 import pytest
+import tiny
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from mien import reference
 from mien.fingerprint import Fingerprint
 from mien.recipe import Recipe, Term
 from mien.registry import shipped_packs
+from mien.runtimes import llama_text
 from mien.runtimes.llama import LlamaRuntime
 from mien.runtimes.llama_context import fingerprint_of
+from mien.runtimes.llama_text import in_float32
 from mien.steering import Steering
 from mien.vector import Vector
 
@@ -939,3 +942,32 @@ def test_a_failed_decode_leaves_no_tags(load: Callable[..., Any]) -> None:
         llm._ctx.decode(llm._batch)
     assert len(runtime.tags) == 3
     steering.detach()
+
+
+def test_a_copy_in_float32_has_the_same_weights(model_path: Path) -> None:
+    with in_float32(model_path) as copy:
+        assert copy != model_path
+        given, found = (
+            {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (model_path, copy)
+        )
+        assert set(given) == set(found)
+        assert any(tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1 for tensor in given.values())
+        for name in list(given)[:: len(given) // 8]:
+            tensor, other = given[name], found[name]
+            assert other.tensor_type == gguf.GGMLQuantizationType.F32
+            np.testing.assert_array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), other.data)
+    assert not copy.exists()
+
+
+def test_a_model_that_would_take_too_much_memory_in_float32_is_used_as_it_is(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_text, "FLOAT32_SHARE", 1e-6)
+    with in_float32(model_path) as copy:
+        assert copy == model_path
+
+
+def test_a_model_in_float32_is_used_as_it_is(tmp_path: Path) -> None:
+    path = tiny.build("llama", tmp_path).gguf
+    with in_float32(path) as copy:
+        assert copy == path

@@ -12,6 +12,7 @@ from typing import Any
 import mien
 import numpy as np
 import pytest
+import torch
 from mien import calibration, contrast, reference
 from mien.calibration import Budget, Calibration, Dose, Poles, bake, calibrate, measure
 from mien.contrast import Sample
@@ -19,13 +20,15 @@ from mien.corpus import Corpus, Pair
 from mien.errors import MienError
 from mien.evaluation import Evaluator, Text, evaluator
 from mien.extraction import extract, extract_group, held_out_accuracy, read_states, stream_norms
-from mien.making import Maker, Settings
+from mien.making import TRAIT_ROUNDS, Maker, Settings
 from mien.methods import METHODS
 from mien.pack import Pack
 from mien.program import NOTHING
 from mien.runtimes.fake import NumpyModel
 from mien.runtimes.llama_text import chat_tokens
+from mien.training import Example, train
 from mien.vector import Vector
+from transformers import LlamaConfig, LlamaForCausalLM
 
 # ---- texts ----
 
@@ -502,6 +505,36 @@ def test_a_pack_is_made_and_says_what_its_vectors_are_worth(
         assert any(abs(dose - 1) < 1e-6 for dose in doses), "full dose was not measured"
         assert meta["readout.moved"][meta["readout.names"].index(name)] > 0
         assert len(meta["example.reply"]) == len(meta["example.dose"]) == 5
+
+
+def test_what_is_trained_is_trained_once_and_acts_on_the_reply(
+    many: Evaluator, data: Corpus, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
+    loaded: list[Any] = []
+
+    def trainable() -> Any:
+        loaded.append(model)
+        return model
+
+    settings = Settings("trained", (1, 2), Budget(1e9, 1e9, 1.0, 0.0))
+    pack = Maker(many, data, tmp_path, settings=settings, trainable=trainable).make(**KNOWN)
+    assert len(loaded) == 1, "the model was loaded for each family"
+    examples = [
+        Example(trait.name, sign, many.text([{"role": "user", "content": pair.ask}], reply))
+        for trait in data.traits
+        for pair in trait.of("train")
+        for sign, reply in ((1.0, pair.high), (-1.0, pair.low))
+    ]
+    expected = train(model, examples, [1, 2], rounds=TRAIT_ROUNDS)["glad"]
+    for name in pack.entries:
+        assert pack.load(name).when == "response"
+    glad = pack.load("glad")
+    np.testing.assert_allclose(glad.rows / glad.meta["scale"], expected, rtol=1e-5)  # type: ignore[operator]
+    again = Maker(many, data, tmp_path, settings=settings, trainable=lambda: pytest.fail("trained again"))
+    assert again.make(**KNOWN).load("glad").digest == glad.digest
 
 
 def test_what_a_vector_shares_with_another_is_taken_out_where_that_helps(
