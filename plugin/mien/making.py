@@ -1,7 +1,7 @@
 """Making a pack for a model from a corpus: directions, then doses, then what they are worth.
 
     maker = Maker(path, corpus, folder)
-    pack = maker.make(name="smollm2-135m-instruct", version="2.0.0", licence="Apache-2.0")
+    pack = maker.make(name="smollm2-135m-instruct", version="1.0.0", licence="Apache-2.0")
 
 Each stage is kept in the folder `.making` beside the pack and not done again, so that an interrupted run
 goes on where it was; what was made of other data, another model or other settings is not taken. The same run
