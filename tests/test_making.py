@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mien import calibration, contrast, reference
-from mien.calibration import Budget, Calibration, Dose, Poles, bake, calibrate, measure
+from mien.calibration import BUDGETS, Budget, Calibration, Dose, Poles, bake, calibrate, measure
 from mien.contrast import Sample
 from mien.corpus import Corpus, Pair
 from mien.errors import MienError
@@ -459,7 +459,7 @@ def corpus(folder: Path) -> Corpus:
 
 
 def maker(many: Evaluator, data: Corpus, folder: Path, **options: Any) -> Maker:
-    settings = Settings("mean", (1, 2), Budget(50.0, 50.0, 1.0))
+    settings = Settings("mean", (1, 2), dict.fromkeys(BUDGETS, Budget(50.0, 50.0, 1.0)))
     return Maker(many, data, folder, settings=settings, **options)
 
 
@@ -519,7 +519,7 @@ def test_what_is_trained_is_trained_once_and_acts_on_the_reply(
         loaded.append(model)
         return model
 
-    settings = Settings("trained", (1, 2), Budget(1e9, 1e9, 1.0, 0.0))
+    settings = Settings("trained", (1, 2), dict.fromkeys(BUDGETS, Budget(1e9, 1e9, 1.0, 0.0)))
     pack = Maker(many, data, tmp_path, settings=settings, trainable=trainable).make(**KNOWN)
     assert len(loaded) == 1, "the model was loaded for each family"
     examples = [
@@ -555,7 +555,7 @@ def test_what_a_vector_shares_with_another_is_taken_out_where_that_helps(
         for name, row in rows.items()
     }
     vectors = dict(given)
-    settings = Settings("mean", (3,), Budget(50.0, 50.0, 1.0))
+    settings = Settings("mean", (3,), dict.fromkeys(BUDGETS, Budget(50.0, 50.0, 1.0)))
     Maker(many, data, tmp_path, settings=settings)._purify(["glad", "loud"], vectors)
     assert "purified" not in vectors["glad"].meta
     np.testing.assert_array_equal(vectors["glad"].rows, given["glad"].rows)

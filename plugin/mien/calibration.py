@@ -37,15 +37,15 @@ class Budget:
     """What full dose may cost.
 
     perplexity: of the replies to their prompts, times that of the unsteered ones. Those are the model's own
-    most probable replies, so that any other manner costs much: below twice as much, few can be told from
-    none. perplexity_alone: the same of the replies read without their prompts, where manner costs little
-    and broken text does. repetition: the share of trigrams, on top of that of the unsteered replies.
+    most probable replies, so that any other manner costs much. perplexity_alone: the same of the replies read
+    without their prompts, where manner costs little and broken text does. repetition: the share of trigrams,
+    on top of that of the unsteered replies.
     distinct: distinct-2 of all replies together, as a share of that of the unsteered ones, at least: a model
     that says the same to everything may say it well.
     """
 
-    perplexity: float = 5.0
-    perplexity_alone: float = 2.5
+    perplexity: float = 3.0
+    perplexity_alone: float = 1.75
     repetition: float = 0.10
     distinct: float = 0.6
 
@@ -60,6 +60,11 @@ class Budget:
             and dose.repetition <= self.repetition + plain.repetition
             and dose.distinct >= self.distinct * plain.distinct
         )
+
+
+# By kind. In an emotion a model says what it would not say else; below four times the perplexity few replies
+# of a small one are told from none. A trait says the same in another manner, and is incoherent there.
+BUDGETS = {"trait": Budget(), "emotion": Budget(perplexity=5.0, perplexity_alone=2.5)}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .calibration import Budget, Calibration, Dose, Poles, Scores, bake, calibrate, measure, raised
+from .calibration import BUDGETS, Budget, Calibration, Dose, Poles, Scores, bake, calibrate, measure, raised
 from .contrast import Sample
 from .corpus import Corpus, Event, Group, Pair, Trait
 from .errors import MienError
@@ -65,11 +65,12 @@ Lesson: TypeAlias = "tuple[str, float, Text]"  # a vector's name, its coefficien
 
 @dataclass(frozen=True)
 class Settings:
-    """method: one of METHODS. layers: blocks to steer; () for those between FIRST and LAST of the depth."""
+    """method: one of METHODS. layers: blocks to steer; () for those between FIRST and LAST of the depth.
+    budgets: by kind."""
 
     method: str = "trained"
     layers: tuple[int, ...] = ()
-    budget: Budget = field(default_factory=Budget)
+    budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
     seed: int = 0
 
 
@@ -218,8 +219,7 @@ class Maker:
         reading = self._read(_samples(group, group.of(split, replied=True)), f"reading {group.family}")
         test = self._read(_samples(group, group.of("test", replied=True)[::2]), f"reading {group.family}")
         meta = {
-            name: self._meta("emotion" if group.family == "emotions" else "trait", group.family)
-            | {"positive": positive, "negative": "the mean of the group"}
+            name: self._meta(group) | {"positive": positive, "negative": "the mean of the group"}
             for name, positive in group.members.items()
         }
         return [self._vector(name, reading, name, rows, meta[name], test) for name in group.members]
@@ -227,15 +227,15 @@ class Maker:
     def _trait(self, trait: Trait, rows: Mapping[str, Floats]) -> Vector:
         reading = self._read(_poles_of(trait.of("calibration" if rows else "train")), f"reading {trait.name}")
         test = self._read(_poles_of(trait.of("test")[:ITEMS]), f"reading {trait.name}")
-        meta = self._meta("trait", trait.family) | {"positive": trait.positive, "negative": trait.negative}
+        meta = self._meta(trait) | {"positive": trait.positive, "negative": trait.negative}
         return self._vector(trait.name, reading, "positive", rows, meta, test)
 
     def _read(self, samples: Mapping[str, Sequence[Sample]], stage: str) -> Reading:
         progress = self._stage(stage)
         return read_states(self.many, samples, read="mean", layers=self.layers, progress=progress)
 
-    def _meta(self, kind: str, family: str) -> dict[str, MetaValue]:
-        return {"kind": kind, "family": family, "data_digest": self.corpus.digest}
+    def _meta(self, entry: Trait | Group) -> dict[str, MetaValue]:
+        return {"kind": _kind(entry), "family": entry.family, "data_digest": self.corpus.digest}
 
     def _vector(
         self,
@@ -260,13 +260,15 @@ class Maker:
     def _calibrated(self, name: str, vector: Vector, coefficients: Sequence[float] = ()) -> Vector:
         """The vector, scaled; name: of the stage, for a vector may be scaled again after it was purified."""
 
+        budget = self.settings.budgets[_kind(self._entry(vector.name))]
+
         def find() -> dict[str, Any]:
             found = calibrate(
                 self.many,
                 vector,
                 self.prompts(vector.name, "calibration"),
                 coefficients=coefficients or COEFFICIENTS[self.settings.method],
-                budget=self.settings.budget,
+                budget=budget,
                 reply_tokens=REPLY_TOKENS,
                 plain=self._plain(vector.name),
                 strict=False,
@@ -276,7 +278,7 @@ class Maker:
 
         kept = self._kept(f"dose-{name}", find, vector)
         curve = tuple(Dose(**dose) for dose in kept["curve"])
-        found = Calibration(curve, kept["chosen"], self.settings.budget)
+        found = Calibration(curve, kept["chosen"], budget)
         baked = bake(vector, found)
         return replace(baked, meta={**baked.meta, "calibration.holds": found.holds})
 
@@ -510,6 +512,10 @@ class Maker:
 
 def _names(entry: Trait | Group) -> list[str]:
     return list(entry.members) if isinstance(entry, Group) else [entry.name]
+
+
+def _kind(entry: Trait | Group) -> str:
+    return "emotion" if isinstance(entry, Group) and entry.family == "emotions" else "trait"
 
 
 def _is_purer(name: str, other: str, before: Mapping[str, float], after: Mapping[str, float]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,10 +165,11 @@ def _scaled(vector: Vector, scale: float) -> Vector:
 
 
 def _calibrated(many: Any, vector: Vector, prompts: list[str], stage: Any) -> Vector:
-    from ..calibration import bake, calibrate
+    from ..calibration import BUDGETS, bake, calibrate
 
     texts = [many.text([{"role": "user", "content": prompt}]) for prompt in prompts]
-    return bake(vector, calibrate(many, vector, texts, progress=stage(f"dosing {vector.name}")))
+    budget, progress = BUDGETS[str(vector.meta["kind"])], stage(f"dosing {vector.name}")
+    return bake(vector, calibrate(many, vector, texts, budget=budget, progress=progress))
 
 
 @click.group()
@@ -235,7 +237,7 @@ def make(
     """
     from importlib.util import find_spec
 
-    from ..calibration import Budget
+    from ..calibration import BUDGETS
     from ..corpus import Corpus
     from ..evaluation import evaluator
     from ..making import Maker, Settings, pack_name
@@ -250,8 +252,9 @@ def make(
         "repetition": repetition,
         "distinct": distinct,
     }
-    budget = Budget(**{name: value for name, value in given.items() if value is not None})
-    settings = Settings(method, tuple(_layers(layers) or ()), budget)
+    limits = {name: value for name, value in given.items() if value is not None}
+    budgets = {kind: replace(budget, **limits) for kind, budget in BUDGETS.items()}
+    settings = Settings(method, tuple(_layers(layers) or ()), budgets)
 
     def trainable() -> Any:
         import torch
