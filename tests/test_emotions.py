@@ -12,7 +12,7 @@ import pytest
 from mien.calibration import Poles, measure, raised, read_alone
 from mien.corpus import Corpus, Group
 from mien.evaluation import Evaluator, evaluator
-from mien.judging import perplexity, repetition
+from mien.judging import distinct, perplexity, repetition
 from mien.making import ITEMS, REPLY_TOKENS, Maker, Settings
 from mien.pack import Pack
 from mien.program import NOTHING
@@ -54,6 +54,7 @@ class Outcome:
 
     hits: dict[str, float]
     repetition: float
+    distinct: float
     perplexity: float
     perplexity_alone: float
 
@@ -79,6 +80,7 @@ def outcomes(many: Evaluator) -> dict[str, Outcome]:
         found[name] = Outcome(
             {emotion: verdicts.count(emotion) / len(verdicts) for emotion in BASIC},
             sum(map(repetition, texts)) / len(texts),
+            distinct(texts, 2),
             perplexity(many.log_probabilities(own)),
             perplexity(many.log_probabilities(read_alone(many, own))),
         )
@@ -103,7 +105,8 @@ def test_most_replies_are_judged_as_the_emotion_that_steers(outcomes: dict[str, 
 def test_full_dose_stays_fluent_on_new_events(outcomes: dict[str, Outcome], emotion: str) -> None:
     steered, plain = outcomes[emotion], outcomes[PLAIN]
     assert steered.repetition < plain.repetition + 0.15
-    assert steered.perplexity_alone < 2 * plain.perplexity_alone
+    assert steered.distinct > plain.distinct / 2, "the same is said to everything"
+    assert steered.perplexity_alone < 3.5 * plain.perplexity_alone
     assert steered.perplexity < 6 * plain.perplexity
 
 
@@ -119,6 +122,7 @@ def test_the_files_say_how_they_were_made() -> None:
         assert meta["captured_at"] == "output of the same block"
         assert len(meta["center"]) == len(PACK.load(name).layers)
         doses = meta["calibration.dose"]
+        assert PACK.load(name).when == "response"
         assert doses[0] == 0
         assert any(abs(dose - 1) < 1e-9 for dose in doses), "full dose was never measured"
 
