@@ -3,11 +3,11 @@
     python benchmarks/emotions.py [PACK] [--events N] [--doses 0.25,0.5,0.75]
 
 Events of the test split are answered plainly, under a system prompt that asks for the emotion, and under
-each emotion's vector at full dose; a few of them at other doses, too. Greedy, 40 tokens. A reply is a hit
-where the judge (tests/tone.py: a classifier over word embeddings that knows ten emotions) finds the emotion.
-`words` is the share of its words that a lexicon files under the emotion (tests/judge.py), where it knows it.
-Perplexity is under the unsteered model without any system prompt, of the replies to their prompts and of the
-replies alone. Prints a table, and writes it as JSON.
+each emotion's vector at full dose; a few of them at other doses, too. Greedy, 40 tokens, the weights in
+float32. A reply is a hit where the judge (tests/tone.py: a classifier over word embeddings that knows ten
+emotions) finds the emotion. `words` is the share of its words that a lexicon files under the emotion
+(tests/judge.py), where it knows it. Perplexity is under the unsteered model without any system prompt, of the
+replies to their prompts and of the replies alone. Prints a table, and writes it as JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def main() -> None:
     from mien.models import find_model
     from mien.program import NOTHING
     from mien.registry import Registry
-    from mien.runtimes.llama_text import load_llama
+    from mien.runtimes.llama_text import in_float32, load_llama
     from tone import judge
 
     pack, corpus = Registry().pack(options.pack), Corpus.read()
@@ -54,10 +54,12 @@ def main() -> None:
     def events(count: int) -> list[Event]:
         return [every[i * len(every) // count] for i in range(min(count, len(every)))]
 
-    llm = load_llama(find_model(), n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
     rows: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with closing(evaluator(llm)) as many:
+    with ExitStack() as open_:
+        path = open_.enter_context(in_float32(find_model()))  # half the time
+        llm = load_llama(path, n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
+        many = open_.enter_context(closing(evaluator(llm)))
 
         def row(emotion: str, arm: str, program: Any, count: int, system: str = "") -> None:
             first = [{"role": "system", "content": system}] if system else []
