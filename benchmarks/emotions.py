@@ -16,7 +16,8 @@ import argparse
 import json
 import os
 import sys
-from contextlib import ExitStack, closing
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,8 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as open_:
-        path = open_.enter_context(in_float32(find_model()))  # half the time
-        llm = load_llama(path, n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
-        many = open_.enter_context(closing(evaluator(llm)))
+    load = partial(load_llama, n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
+    with in_float32(find_model()) as path, closing(evaluator(load(path))) as many:  # half the time
 
         def row(emotion: str, arm: str, program: Any, count: int, system: str = "") -> None:
             first = [{"role": "system", "content": system}] if system else []

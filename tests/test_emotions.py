@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,25 @@ EVENTS, TOKENS = 10, 40
 SAMPLE = ("agreeableness", "impatience", "formal")  # vectors whose claims are measured again
 
 
-@pytest.fixture(scope="module")
-def many(model_path: Path) -> Iterator[Evaluator]:
-    llm = load_llama(model_path, n_ctx=1024, n_threads=2, flash_attn=True)
+@contextmanager
+def opened(path: Path) -> Iterator[Evaluator]:
+    llm = load_llama(path, n_ctx=1024, n_threads=2, flash_attn=True)
     with closing(evaluator(llm)) as many:
         yield many
     llm.close()
 
 
 @pytest.fixture(scope="module")
+def many(model_path: Path) -> Iterator[Evaluator]:
+    with opened(model_path) as many:
+        yield many
+
+
+@pytest.fixture(scope="module")
 def exact(model_path: Path) -> Iterator[Evaluator]:
     """As packs are made: with the same weights in float32."""
-    with in_float32(model_path) as path:
-        llm = load_llama(path, n_ctx=1024, n_threads=2, flash_attn=True)
-        with closing(evaluator(llm)) as many:
-            yield many
-        llm.close()
+    with in_float32(model_path) as path, opened(path) as many:
+        yield many
 
 
 @dataclass(frozen=True)

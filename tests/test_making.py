@@ -532,7 +532,8 @@ def test_what_is_trained_is_trained_once_and_acts_on_the_reply(
     for name in pack.entries:
         assert pack.load(name).when == "response"
     glad = pack.load("glad")
-    np.testing.assert_allclose(glad.rows / glad.meta["scale"], expected, rtol=1e-5)  # type: ignore[operator]
+    scale: Any = glad.meta["scale"]
+    np.testing.assert_allclose(glad.rows / scale, expected, rtol=1e-5)
     again = Maker(many, data, tmp_path, settings=settings, trainable=lambda: pytest.fail("trained again"))
     assert again.make(**KNOWN).load("glad").digest == glad.digest
 

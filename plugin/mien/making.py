@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -60,6 +60,7 @@ READ_TEXTS = 4
 FIRST, LAST = 0.2, 0.95  # blocks that are steered, as shares of the depth: the ends cost fluency
 
 Stage = Callable[[str], Progress]
+Item = TypeVar("Item")
 Lesson: TypeAlias = "tuple[str, float, Text]"  # a vector's name, its coefficient, the reply to train on
 
 
@@ -360,7 +361,7 @@ class Maker:
                 sides = _poles_of(entry.of("calibration"))
                 asks, own = [pair.ask for pair in entry.of("calibration")], "positive"
             probe = Probe(read_states(self.many, sides, read="mean", layers=[layer]))
-            prompts = [self._text(ask) for ask in asks[:: max(len(asks) // SHOWN, 1)][:SHOWN]]
+            prompts = [self._text(ask) for ask in _spread(asks, SHOWN)]
             every = [self.many.compile(vector)] * len(prompts)
             replies = self.many.generate(prompts, REPLY_TOKENS, programs=every)
             told = [reply for reply in replies if reply.answer]
@@ -465,8 +466,7 @@ class Maker:
         entry = self._entry(name)
         asks = [] if isinstance(entry, Group) else [pair.ask for pair in entry.of(split)][: PROMPTS // 2]
         events = [event.text for group in self.corpus.groups for event in group.of(split)]
-        events = events[:: max(len(events) // PROMPTS, 1)]
-        return [self._text(ask) for ask in (asks + events)[:PROMPTS]]
+        return [self._text(ask) for ask in (asks + _spread(events, PROMPTS))[:PROMPTS]]
 
     def _ask(self, name: str) -> str:
         entry = self._entry(name)
@@ -480,8 +480,7 @@ class Maker:
                 [self._text(pair.ask, pair.high) for pair in pairs],
                 [self._text(pair.ask, pair.low) for pair in pairs],
             )
-        events, members = entry.of(split, replied=True), list(entry.members)
-        events = events[:: max(len(events) // limit, 1)][:limit]
+        events, members = _spread(entry.of(split, replied=True), limit), list(entry.members)
         others = [member for member in members if member != name]
         return Poles(
             [self._text(event.text, event.replies[name]) for event in events],
@@ -512,6 +511,11 @@ class Maker:
 
 def _names(entry: Trait | Group) -> list[str]:
     return list(entry.members) if isinstance(entry, Group) else [entry.name]
+
+
+def _spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of them, from all over."""
+    return list(items[:: max(len(items) // count, 1)][:count])
 
 
 def _kind(entry: Trait | Group) -> str:

@@ -82,10 +82,7 @@ def chunks(
     path: list[int | None] = []  # the chunk's nodes that the newest text is made of, None for a kept token
     for i in order:
         same = before >= 0 and marks[before] == marks[i]
-        common = _common(texts[before], texts[i]) if before >= 0 else 0
-        if not same and before >= 0:
-            alike = marks[before].before == marks[i].before
-            common = min(common, marks[before].start, marks[i].start) if alike else 0
+        common = _shared(texts[before], marks[before], texts[i], marks[i]) if before >= 0 else 0
         extends = same and common == len(texts[before])
         full = len(chunk.tokens) + len(texts[i]) - common > cells or (
             len(chunk.shared) == leaves and not extends
@@ -122,9 +119,11 @@ def _close(chunk: Chunk, path: Sequence[int | None]) -> None:
             chunk.slots[node].append(len(chunk.shared) - 1)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _shared(a: Sequence[int], mark: Mark, b: Sequence[int], other: Mark) -> int:
+    """How many tokens both begin with, as far as they may be shared."""
     count = min(len(a), len(b))
+    if mark != other:
+        count = min(count, mark.start, other.start) if mark.before == other.before else 0
     return next((k for k in range(count) if a[k] != b[k]), count)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,10 +266,8 @@ def make(
             torch.set_num_threads(threads)
         return load_hf(path)[0]
 
-    with ExitStack() as open_:
-        quick = open_.enter_context(in_float32(path))
-        llm = load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)
-        many = open_.enter_context(closing(evaluator(llm)))
+    load = partial(load_llama, n_ctx=1024, n_threads=threads, flash_attn=True)
+    with in_float32(path) as quick, closing(evaluator(load(quick))) as many:
         name = name or pack_name(many.fingerprint)
         maker = Maker(
             many,

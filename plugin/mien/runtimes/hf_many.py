@@ -111,7 +111,8 @@ class HFEvaluator:
         for start in range(0, len(prompts), ROWS):
             part = prompts[start : start + ROWS]
             self._steering.set(every[start : start + ROWS])
-            tokens, there = _padded([prompt.tokens for prompt in part])
+            rows = [prompt.tokens for prompt in part]
+            tokens, there = _padded(rows, [len(row) for row in rows])
             with torch.no_grad():
                 out = self._model.generate(
                     input_ids=tokens.to(self._model.device),
@@ -171,7 +172,9 @@ class HFEvaluator:
             part = order[start : start + ROWS]
             self._steering.set([programs[i] for i in part])
             try:
-                tokens, there, given = _aligned([texts[i] for i in part])
+                replies = [texts[i].reply for i in part]
+                tokens, there = _padded([texts[i].tokens for i in part], replies)
+                given = max(replies)
                 positions = (there.cumsum(1) - 1).clamp(min=0)
                 with self._tracker.replying(given, len(part), there):
                     states, logits = self._forward(tokens, there, positions, layers)
@@ -222,28 +225,17 @@ class HFEvaluator:
         return np.empty((0, *tokens.shape, 0), dtype=np.float32), out.logits.float().cpu()
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(tokens, which are there), padded on the left."""
-    width = max(map(len, rows))
+def _padded(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(tokens, which are there), padded so that token starts[i] of each row i comes in the same column."""
+    column = max(starts)
+    width = column + max(len(row) - start for row, start in zip(rows, starts))
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     there = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = torch.tensor(row)
-        there[i, width - len(row) :] = 1
-    return tokens, there
-
-
-def _aligned(texts: Sequence[Text]) -> tuple[Tensor, Tensor, int]:
-    """(tokens, which are there, columns before the replies), padded so that all replies begin in one."""
-    given = max(text.reply for text in texts)
-    width = given + max(len(text.answer) for text in texts)
-    tokens = torch.zeros(len(texts), width, dtype=torch.long)
-    there = torch.zeros(len(texts), width, dtype=torch.long)
-    for i, text in enumerate(texts):
-        place = slice(given - text.reply, given + len(text.answer))
-        tokens[i, place] = torch.tensor(text.tokens)
+    for i, (row, start) in enumerate(zip(rows, starts)):
+        place = slice(column - start, column - start + len(row))
+        tokens[i, place] = torch.tensor(row)
         there[i, place] = 1
-    return tokens, there, given
+    return tokens, there
 
 
 def _tree(
