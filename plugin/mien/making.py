@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from .calibration import BUDGETS, Budget, Calibration, Dose, Poles, Scores, bake, calibrate, measure, raised
+from .calibration import BUDGETS, Budget, Calibration, Dose, Poles, bake, calibrate, measure, raised
 from .contrast import Sample
 from .corpus import Corpus, Event, Group, Pair, Trait
 from .errors import MienError
@@ -114,7 +114,6 @@ class Maker:
         self._trainable, self._stage = trainable, stage
         self._model: Any = None  # what _trainable gave
         self._plains: dict[object, Dose] = {}
-        self._plain_scores: dict[str, Scores] = {}
         self._cache = self.folder / ".making"
         rounds = ROUNDS, TRAIT_ROUNDS
         said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {rounds}"
@@ -303,9 +302,11 @@ class Maker:
             return
         progress = self._stage(f"crossing {self._entry(names[0]).family}")
         poles = {name: self._poles(name, "calibration", CROSS) for name in names}
-        given, before = dict(vectors), {}
-        for i, name in enumerate(names):
-            before[name] = self._crossed(name, given[name], poles)
+        given: dict[str, Vector] = {name: vectors[name] for name in names}
+        before: dict[str, dict[str, float]] = {name: {} for name in names}
+        for i, other in enumerate(names):  # by what is judged, since its prompts are the same for all
+            for name, effect in zip(names, self._effects(f"cross-{other}", poles[other], given.values())):
+                before[name][other] = effect
             progress(i + 1, len(names))
         for name in names:
             effects = before[name]
@@ -330,24 +331,16 @@ class Maker:
 
     def _crossed(self, stage: str, vector: Vector, poles: Mapping[str, Poles]) -> dict[str, float]:
         """{name: by how much full dose of `vector` raises its GAP}."""
+        return {name: self._effects(f"cross-{stage}-{name}", one, [vector])[0] for name, one in poles.items()}
 
-        def find() -> dict[str, float]:
-            for name, one in poles.items():
-                if name not in self._plain_scores:
-                    self._plain_scores[name] = one.scores(self.many, [NOTHING])[0]
-            every = Poles(
-                [text for one in poles.values() for text in one.high],
-                [text for one in poles.values() for text in one.low],
-            )
-            high, low = every.scores(self.many, [self.many.compile(vector)])[0]
-            found, start = {}, 0
-            for name, one in poles.items():
-                part = slice(start, start + len(one.high))
-                found[name] = raised(self._plain_scores[name], (high[part], low[part])).value
-                start = part.stop
-            return found
+    def _effects(self, stage: str, poles: Poles, vectors: Collection[Vector]) -> list[float]:
+        """By how much full dose of each vector raises the GAP of those poles."""
 
-        return dict(self._kept(f"cross-{stage}", find, vector))
+        def find() -> list[float]:
+            plain, *steered = poles.scores(self.many, [NOTHING, *map(self.many.compile, vectors)])
+            return [raised(plain, scores).value for scores in steered]
+
+        return list(self._kept(stage, find, *vectors))
 
     def _shown(self, stage: str, vector: Vector) -> float:
         """The share of the model's own replies to the calibration split that show the manner at full dose."""
