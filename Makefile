@@ -14,6 +14,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Processes that tests run in, each with processors of its own; one with the real model takes 3 GB.
+JOBS ?= 2
+
 # llama.cpp takes minutes to build, so its wheel is kept. It uses the instructions of the machine it was
 # built on: the folder's name tells one kind of processor from another.
 CACHE ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/mien
@@ -38,7 +41,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/three_tempers.py
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ settings.load_profile("mien")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # OpenMP threads that spin for long starve each other where another process has the processors.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# So each process of pytest-xdist has processors of its own, as far as there are any.
+PROCESSORS: set[int] = set()
+if sys.platform == "linux":
+    PROCESSORS = os.sched_getaffinity(0)
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if worker and count and (own := sorted(PROCESSORS)[int(worker.removeprefix("gw")) :: int(count)]):
+        os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +31,18 @@ def _own_user_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     monkeypatch.setenv("MIEN_DATA", str(tmp_path_factory.mktemp("data")))
     monkeypatch.delenv("MIEN_PATH", raising=False)
     monkeypatch.delenv("MIEN_MODEL", raising=False)
+
+
+@pytest.fixture
+def all_processors() -> Iterator[None]:
+    """For what must show with threads that run at the same time."""
+    if sys.platform != "linux":
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, PROCESSORS)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")

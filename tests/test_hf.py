@@ -695,6 +695,7 @@ def test_a_pipeline_is_steered(model: Any) -> None:
     assert answers(texts, 2) == plain
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_inference_mode_and_threads(model: Any) -> None:
     """Four threads run one model, each batch having another shape."""
     with attach(model) as steering:

@@ -543,6 +543,7 @@ def test_what_goes_in_is_not_changed_under_its_feet() -> None:
     assert torch.equal(*seen)
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_swapping_sites_while_another_thread_runs_never_loses_a_hook() -> None:
     import threading
 

@@ -89,6 +89,7 @@ def reply(llm: Any, prompt: str = "How was your day?", count: int = 12) -> str:
 # ---- the same floats as llama.cpp itself ----
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "options",
@@ -697,6 +698,7 @@ def test_a_kept_norm_is_the_reference_on_captured_rows(
     assert applied[10].shift == pytest.approx(np.sqrt((moved**2).mean()), rel=4e-6)
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("options", [{}, {"n_threads": 4}, {"n_ubatch": 7}], ids=str)
 def test_both_paths_keep_norms_alike(load: Callable[..., Any], options: dict[str, Any]) -> None:
     a, b = make_vector(1), make_vector(2, layers=range(5, 20), size=0.5)
@@ -792,6 +794,7 @@ def test_two_models_stay_apart(load: Callable[..., Any]) -> None:
     assert same(prefill_and_decode(a), steered)
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_swapping_from_another_thread_while_decoding(load: Callable[..., Any]) -> None:
     """Every decode is under one of the two programs, never a mixture of both."""
     llm = load()

@@ -137,6 +137,7 @@ def test_an_operator_is_the_reference_on_captured_rows(
     assert done[LAYER].path == path
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("options", [{"n_ubatch": 7}, {"n_threads": 2, "n_ubatch": 7}], ids=str)
 def test_both_paths_do_the_same_however_it_is_cut(tiny: Callable[..., Any], options: dict[str, int]) -> None:
     recipe = 'deep + gate(2*b(keep_norm=True), on=g, above=0, hysteresis=1) + ablate(a)(when="response")'
@@ -489,6 +490,7 @@ def test_windows_by_turn_go_by_the_messages_of_a_chat(load: Callable[..., Any]) 
 # ---- programs that are swapped meanwhile ----
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("path", PATHS)
 def test_ten_thousand_swaps_while_it_generates(tiny: Callable[..., Any], path: str) -> None:
     """Each evaluation is under one program, in all of its micro-batches and at all of its sites.
@@ -537,6 +539,7 @@ def test_ten_thousand_swaps_while_it_generates(tiny: Callable[..., Any], path: s
 # ---- readouts ----
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("options", [{"n_ubatch": 7}, {"n_threads": 2}], ids=str)
 def test_readouts_are_the_reference_on_captured_rows(

@@ -175,6 +175,7 @@ def test_each_sequence_is_as_if_alone(
         assert {done.path for done in steering.applied.layers.values()} == {path}
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("path", PATHS)
 def test_threads_do_not_matter(contexts: Contexts, alone: dict[tuple[int, int], Logits], path: str) -> None:
     context = contexts.make(4, path=path, n_threads=2)
