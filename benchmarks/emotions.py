@@ -4,10 +4,11 @@
 
 Events of the test split are answered plainly, under a system prompt that asks for the emotion, and under
 each emotion's vector at full dose; a few of them at other doses, too. Greedy, 40 tokens, the weights in
-float32. A reply is a hit where the judge (tests/tone.py: a classifier over word embeddings that knows ten
-emotions) finds the emotion. `words` is the share of its words that a lexicon files under the emotion
-(tests/judge.py), where it knows it. Perplexity is under the unsteered model without any system prompt, of the
-replies to their prompts and of the replies alone. Prints a table, and writes it as JSON.
+float32. What a perplexity means is told by replies that the unsteered model draws at two temperatures. A
+reply is a hit where the judge (tests/tone.py: a classifier over word embeddings that knows ten emotions)
+finds the emotion. `words` is the share of its words that a lexicon files under the emotion (tests/judge.py),
+where it knows it. Perplexity is under the unsteered model without any system prompt, of the replies to their
+prompts and of the replies alone. Prints a table, and writes it as JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     import judge as lexicon
     from mien.calibration import read_alone
     from mien.corpus import Corpus, Event
-    from mien.evaluation import evaluator
+    from mien.evaluation import Text, evaluator
     from mien.judging import distinct, perplexity, repetition
     from mien.models import find_model
     from mien.program import NOTHING
@@ -58,7 +59,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     load = partial(load_llama, n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
-    with in_float32(find_model()) as path, closing(evaluator(load(path))) as many:  # half the time
+    with (
+        in_float32(find_model()) as path,  # half the time
+        closing(load(path)) as llm,
+        closing(evaluator(llm)) as many,
+    ):
 
         def row(emotion: str, arm: str, program: Any, count: int, system: str = "") -> None:
             first = [{"role": "system", "content": system}] if system else []
@@ -67,14 +72,26 @@ def main() -> None:
                 [many.text([*first, *user]) for user in users], TOKENS, programs=[program] * len(users)
             )
             given = [reply.after(many.text(user)) for reply, user in zip(replies, users)]
-            texts = [many.decode(reply.answer) for reply in replies]
+            write(emotion, arm, given)
+
+        def drawn(temperature: float) -> None:
+            every = {"max_tokens": TOKENS, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+            given = []
+            for seed, event in enumerate(events(options.events)):
+                user = [{"role": "user", "content": event.text}]
+                answer = llm.create_chat_completion(user, temperature=temperature, seed=seed, **every)
+                given.append(many.text(user, answer["choices"][0]["message"]["content"]))
+            write("none", f"t={temperature:g}", given)
+
+        def write(emotion: str, arm: str, given: list[Text]) -> None:
+            texts = [many.decode(reply.answer) for reply in given]
             found = judge()(texts)
             shares = [lexicon.judge(text) for text in texts]
             rows.append(
                 {
                     "emotion": emotion,
                     "arm": arm,
-                    "events": len(users),
+                    "events": len(given),
                     "hit": found.count(emotion) / len(found),
                     "words": {name: sum(s[name] for s in shares) / len(shares) for name in lexicon.EMOTIONS},
                     "perplexity": perplexity(many.log_probabilities(given)),
@@ -89,7 +106,7 @@ def main() -> None:
             last = rows[-1]
             words = last["words"].get(emotion)
             print(
-                f"{emotion:13}{arm:8}{len(users):4}{last['hit']:7.0%}{last['perplexity']:7.2f}"
+                f"{emotion:13}{arm:8}{len(given):4}{last['hit']:7.0%}{last['perplexity']:7.2f}"
                 f"{last['alone']:7.2f}{last['repetition']:7.3f}{last['distinct-2']:7.2f}"
                 f"{f'{words:8.1%}' if words is not None else '':8}",
                 flush=True,
@@ -99,6 +116,8 @@ def main() -> None:
             f"{'emotion':13}{'arm':8}{'n':>4}{'hit':>7}{'ppl':>7}{'alone':>7}{'rep3':>7}{'dist2':>7}{'words':>8}"
         )
         row("none", "plain", NOTHING, options.events)
+        for temperature in (0.7, 1.0):
+            drawn(temperature)
         emotions = options.emotions.split(",")
         for emotion in emotions:
             row(emotion, "1", many.compile(pack.load(emotion)), options.events)
