@@ -28,6 +28,8 @@ WHEELS := $(CACHE)/wheels/$(CPU)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := PIP_CONSTRAINT=constraints.txt
+# What setuptools says of any editable installation is nothing to do something about.
+EDITABLE := MIEN_DEV=1 PYTHONWARNINGS="ignore:Editable installation"
 ENGINE := setup.py $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 export HF_HUB_OFFLINE := 1
@@ -84,10 +86,10 @@ $(VENV)/.llama: $(VENV)/.created constraints.txt
 
 $(VENV)/.demo: $(VENV)/.llama pyproject.toml $(ENGINE)
 	@echo "Installing mien."
-	@MIEN_DEV=1 $(PINNED) $(PIP) install -q -e ".[llama]"
+	@$(EDITABLE) $(PINNED) $(PIP) install -q -e ".[llama]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what the tests need, torch and transformers among it."
-	@MIEN_DEV=1 $(PINNED) $(PIP) install -q -e ".[dev,hf,llama]"
+	@$(EDITABLE) $(PINNED) $(PIP) install -q -e ".[dev,hf,llama]"
 	@touch $@
