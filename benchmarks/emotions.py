@@ -18,7 +18,6 @@ import json
 import os
 import sys
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,9 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    load = partial(load_llama, n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)
     with (
         in_float32(find_model()) as path,  # half the time
-        closing(load(path)) as llm,
+        closing(load_llama(path, n_ctx=1024, n_threads=os.cpu_count(), flash_attn=True)) as llm,
         closing(evaluator(llm)) as many,
     ):
 

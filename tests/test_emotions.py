@@ -32,10 +32,11 @@ SAMPLE = ("agreeableness", "impatience", "formal")  # vectors whose claims are m
 
 @contextmanager
 def opened(path: Path) -> Iterator[Evaluator]:
-    llm = load_llama(path, n_ctx=1024, n_threads=2, flash_attn=True)
-    with closing(evaluator(llm)) as many:
+    with (
+        closing(load_llama(path, n_ctx=1024, n_threads=2, flash_attn=True)) as llm,
+        closing(evaluator(llm)) as many,
+    ):
         yield many
-    llm.close()
 
 
 @pytest.fixture(scope="module")

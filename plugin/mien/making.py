@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from .calibration import BUDGETS, Budget, Calibration, Dose, Poles, bake, calibrate, measure, raised
+from .calibration import BUDGETS, Budget, Calibration, Dose, Poles, Scores, bake, calibrate, measure, raised
 from .contrast import Sample
 from .corpus import Corpus, Event, Group, Pair, Trait
 from .errors import MienError
@@ -114,6 +114,7 @@ class Maker:
         self._trainable, self._stage = trainable, stage
         self._model: Any = None  # what _trainable gave
         self._plains: dict[object, Dose] = {}
+        self._plain_scores: dict[str, Scores] = {}  # of what is crossed, by name
         self._cache = self.folder / ".making"
         rounds = ROUNDS, TRAIT_ROUNDS
         said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {rounds}"
@@ -301,11 +302,10 @@ class Maker:
         if len(names) < 2:
             return
         progress = self._stage(f"crossing {self._entry(names[0]).family}")
-        poles = {name: self._poles(name, "calibration", CROSS) for name in names}
-        given: dict[str, Vector] = {name: vectors[name] for name in names}
+        given = {name: vectors[name] for name in names}
         before: dict[str, dict[str, float]] = {name: {} for name in names}
         for i, other in enumerate(names):  # by what is judged, since its prompts are the same for all
-            for name, effect in zip(names, self._effects(f"cross-{other}", poles[other], given.values())):
+            for name, effect in zip(names, self._effects(f"cross-{other}", other, list(given.values()))):
                 before[name][other] = effect
             progress(i + 1, len(names))
         for name in names:
@@ -318,10 +318,9 @@ class Maker:
                 purer = purified(given[name], [given[other]])
                 purer = replace(purer, name=name, meta={**_lasting(given[name], purer), **purer.meta})
                 # A dose of its own takes long to find, so that first both effects are compared without.
-                both = {each: poles[each] for each in (name, other)}
-                if _is_purer(name, other, effects, self._crossed(f"{name}-tried", purer, both)):
+                if _is_purer(name, other, effects, self._crossed(f"{name}-tried", purer, (name, other))):
                     scaled = self._calibrated(f"{name}-purified", purer, AGAIN)
-                    after = self._crossed(f"{name}-purified", scaled, poles)
+                    after = self._crossed(f"{name}-purified", scaled, names)
                     kept = after[name] >= KEEP * effects[name] and _is_purer(name, other, effects, after)
                     if kept and self._shown(f"{name}-purified", scaled) >= self._shown(name, given[name]):
                         vectors[name], effects = scaled, after
@@ -329,16 +328,19 @@ class Maker:
             words["leakage.effect"] = [effects[o] for o in names]
             vectors[name] = replace(vectors[name], meta={**vectors[name].meta, **words})
 
-    def _crossed(self, stage: str, vector: Vector, poles: Mapping[str, Poles]) -> dict[str, float]:
+    def _crossed(self, stage: str, vector: Vector, names: Sequence[str]) -> dict[str, float]:
         """{name: by how much full dose of `vector` raises its GAP}."""
-        return {name: self._effects(f"cross-{stage}-{name}", one, [vector])[0] for name, one in poles.items()}
+        return {name: self._effects(f"cross-{stage}-{name}", name, [vector])[0] for name in names}
 
-    def _effects(self, stage: str, poles: Poles, vectors: Collection[Vector]) -> list[float]:
-        """By how much full dose of each vector raises the GAP of those poles."""
+    def _effects(self, stage: str, name: str, vectors: Sequence[Vector]) -> list[float]:
+        """By how much full dose of each vector raises the GAP of `name`."""
 
         def find() -> list[float]:
-            plain, *steered = poles.scores(self.many, [NOTHING, *map(self.many.compile, vectors)])
-            return [raised(plain, scores).value for scores in steered]
+            poles = self._poles(name, "calibration", CROSS)
+            if name not in self._plain_scores:
+                self._plain_scores[name] = poles.scores(self.many, [NOTHING])[0]
+            steered = poles.scores(self.many, [self.many.compile(vector) for vector in vectors])
+            return [raised(self._plain_scores[name], scores).value for scores in steered]
 
         return list(self._kept(stage, find, *vectors))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,8 +265,11 @@ def make(
             torch.set_num_threads(threads)
         return load_hf(path)[0]
 
-    load = partial(load_llama, n_ctx=1024, n_threads=threads, flash_attn=True)
-    with in_float32(path) as quick, closing(evaluator(load(quick))) as many:
+    with (
+        in_float32(path) as quick,
+        closing(load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)) as llm,
+        closing(evaluator(llm)) as many,
+    ):
         name = name or pack_name(many.fingerprint)
         maker = Maker(
             many,
