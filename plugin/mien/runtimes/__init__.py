@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RuntimeNotSupported
+from .wrappers import homes_of, unwrap
 
 if TYPE_CHECKING:
     from ..registry import Registry
@@ -49,8 +50,9 @@ def attach(
 
     if path not in ("auto", "in-graph", "post-compute"):
         raise ValueError(f"path: expected auto, in-graph or post-compute, got {path!r}")
+    model = unwrap(model)
     # Told by the names of its classes, so that no runtime is imported for a model of another.
-    homes = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
+    homes = set(homes_of(model))
     if "llama_cpp.Llama" in homes:
         from .llama import LlamaRuntime
 
@@ -71,8 +73,7 @@ def attach(
         from .fake import NumpyRuntime
 
         return Steering(NumpyRuntime(model), registry)
-    hint = "; attach first and compile then" if "torch.OptimizedModule" in homes else ""
     raise RuntimeNotSupported(
         f"expected a llama_cpp.Llama or a transformers model, got {type(model).__module__}."
-        f"{type(model).__qualname__}{hint}"
+        f"{type(model).__qualname__}"
     )

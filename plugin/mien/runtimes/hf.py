@@ -3,7 +3,8 @@
 A hook on each decoder layer changes the layer's output, which is where llama.cpp names it l_out-N; at other
 sites hooks come and go with the programs that act there. On the CPU in float32 the C engine does it in
 place; elsewhere, and wherever a gradient is asked for, torch does. Hooks go before other people's, who see
-the block as steered. The model is not otherwise touched.
+the block as steered. The model is not otherwise touched. If modules are put in the place of others (by
+adapters, merging, quantisation), the hooks move to them before the next pass.
 
 In a graph of torch.compile the same torch operations are traced without a break. The recipe may change
 then as well: directions are inputs of the graph. Setting the first recipe, and one with row recipes,
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,22 +31,30 @@ import transformers
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..errors import SiteNotFound, SteeringNotApplied
+from ..errors import RuntimeNotSupported, SiteNotFound, SteeringNotApplied
 from ..program import NOTHING
 from ..steering import Applied, LayerApplied, Programs
 from ..vector import Floats
 from ..watch import Watch
 from .hf_experts import Counts
-from .hf_graph import Graph, alone
-from .hf_hooks import Capture, Local, register
-from .hf_layers import find_layers, fingerprint_of, require_weights
+from .hf_graph import Graph, alone, require_told
+from .hf_hooks import Capture, Local, register, register_root, runtime_at, strip
+from .hf_layers import Mounts, find_layers, fingerprint_of, follow_layers, require_weights, text_config
 from .hf_pass import Pass
 from .hf_program import Loaded
-from .hf_rows import Rows, tracker_of
+from .hf_rows import Rows
 from .hf_sites import Sites
+from .hf_tracker import tracker_of
 from .hf_watch import Reader, Readings
+from .wrappers import unwrap
 
 _KEPT = 16  # programs that stay placed on a device after another was swapped in
+
+
+def runtime_of(model: Any) -> HFRuntime | None:
+    """The runtime that is attached to a transformers model, or to the one that `model` wraps; else None."""
+    model = unwrap(model)
+    return runtime_at(model) if isinstance(model, nn.Module) else None
 
 
 class HFRuntime:
@@ -60,12 +70,16 @@ class HFRuntime:
     ) -> None:
         found = find_layers(model, layers)
         require_weights(model, found)
+        self._tracker = tracker_of(found.owner)
+        if self._tracker.listeners:
+            raise RuntimeNotSupported(
+                f"the layers of {type(model).__name__} are attached already, here or in a model around them: "
+                "use that Steering, or detach it"
+            )
         self.fingerprint = fingerprint_of(model, found, tokenizer)
-        if "torch._dynamo" in sys.modules:  # a graph compiled before does not look for new hooks
-            torch.compiler.reset()
         self.local = Local()
         self.counts: Counts | None = None
-        self._model, self._layers = model, found
+        self._model, self._layers, self._named = model, found, layers
         self._sites = Sites(model, found)
         self._programs: Programs = NOTHING
         self._turn = 1
@@ -76,13 +90,65 @@ class HFRuntime:
         self._reader: Reader | None = None
         self._last: Pass | None = None
         self._under_way: set[Pass] = set()  # passes that act at other sites than the residual stream
-        self._tracker = tracker_of(found.owner)
-        self._tracker.join(self, found.owner, model)
-        self._handles = [
-            register(self, "residual", layer, self._sites.spot("residual", layer))
-            for layer in range(len(found.modules))
-        ]
+        self._warned = False
         self._elsewhere: dict[tuple[str, int], Any] = {}  # hooks at other sites, by site and layer
+        self._tracker.join(self, found.owner, model)
+        self._put_hooks()
+
+    # ---- where it acts ----
+
+    def _put_hooks(self) -> None:
+        """Put hooks on the model and its layers, and note which modules they are on."""
+        if "torch._dynamo" in sys.modules:  # a graph compiled before does not look for new hooks
+            torch.compiler.reset()
+        layers = range(len(self._layers.modules))
+        residual = [
+            register(self, "residual", layer, self._sites.spot("residual", layer)) for layer in layers
+        ]
+        self._handles = [register_root(self, self._model), *residual]
+        self._note_hooks()
+
+    def _note_hooks(self) -> None:
+        self.graph.hooked = " ".join(f"{site}:{layer}" for site, layer in sorted(self._elsewhere))
+        names = [self._sites.name(*place) for place in self._elsewhere]
+        self._mounts = Mounts(self._model, [self._layers.owned, *self._layers.names, *names])
+
+    def follow(self) -> None:
+        """Move to the modules that are now where the hooked ones were.
+
+        Raises RuntimeNotSupported or SiteNotFound if there is no going on; all is then as before.
+        """
+        if self._mounts.intact():
+            return
+        with self._swapping:
+            layers = follow_layers(self._model, self._layers, self._named)
+            sites = Sites(self._model, layers)
+            spots = {place: sites.spot(*place) for place in self._elsewhere}
+            for place, spot in spots.items():
+                if spot.width != self.width(*place):
+                    raise RuntimeNotSupported(
+                        f"layer {place[1]}: {place[0]} had {self.width(*place)} values when the model was "
+                        f"attached and has {spot.width} now: detach it and attach it again"
+                    )
+            self._take_hooks()
+            self._tracker.leave(self._model)
+            self._tracker.join(self, layers.owner, self._model)
+            self._layers, self._sites = layers, sites
+            self._elsewhere = {place: register(self, *place, spot) for place, spot in spots.items()}
+            self._put_hooks()
+
+    def _take_hooks(self) -> None:
+        for handle in (*self._handles, *self._elsewhere.values()):
+            handle.remove()
+        strip(self, self._model)
+
+    def require_unchanged(self) -> None:
+        """While a graph is traced, which is too late to follow. Raises RuntimeNotSupported."""
+        if not self._mounts.intact():
+            raise RuntimeNotSupported(
+                "modules of the model were replaced after it was attached, and it is being compiled: set the "
+                "recipe again before"
+            )
 
     # ---- what is set ----
 
@@ -101,6 +167,7 @@ class HFRuntime:
 
     def _load(self, given: Programs, turn: int) -> None:
         """Have what is given act, as it is in that turn. On error everything is as it was."""
+        self.follow()
         by_row = isinstance(given, tuple)
         every = given if isinstance(given, tuple) else (given,)
         programs = tuple(program.at_turn(turn) for program in every)
@@ -134,9 +201,6 @@ class HFRuntime:
             self._elsewhere.pop(place).remove()
         if old:
             self._note_hooks()
-
-    def _note_hooks(self) -> None:
-        self.graph.hooked = " ".join(f"{site}:{layer}" for site, layer in sorted(self._elsewhere))
 
     def _wanted(self, loaded: Loaded) -> frozenset[tuple[str, int]]:
         if self.counts is None:
@@ -173,10 +237,26 @@ class HFRuntime:
 
     # ---- for the tracker: around each forward pass ----
 
+    def require(self, rows: Rows) -> None:
+        if rows.untold and self._reader is not None:
+            raise RuntimeNotSupported(f"{rows.untold}: a watch can't tell its tokens apart; stop it")
+        if rows.untold:
+            require_told(self._loaded, rows.untold)
+
     def begin(self, rows: Rows) -> None:
         if is_compiling():
+            _require_unchanged(self)
             self.graph.rows, self._last = rows, None
             return
+        self.follow()
+        self.require(rows)
+        if rows.resumed and not self._warned and (self._loaded.by_token or self._reader is not None):
+            self._warned = True
+            warnings.warn(
+                f"{rows.tokens} tokens at once, after tokens of a reply in the same cache, are taken for a "
+                "new prompt. If they are the reply's (drafts), use generate(), or pass them one by one",
+                stacklevel=2,
+            )
         loaded = self._loaded
         if loaded.elsewhere:
             with self._swapping:  # its hooks stay until the pass ends
@@ -212,13 +292,18 @@ class HFRuntime:
         missing = run.missing()
         if not missing or self._model.training:  # training may skip layers on purpose
             return
+        count = text_config(self._model).num_hidden_layers  # lowered while the model drafts for itself
+        missing = {site: [layer for layer in layers if layer < count] for site, layers in missing.items()}
+        missing = {site: layers for site, layers in missing.items() if layers}
+        if not missing:
+            return
         said = [
             f"layers {layers}" + ("" if site == "residual" else f" at {site}")
             for site, layers in missing.items()
         ]
         raise SteeringNotApplied(
-            f"{' and '.join(said)} were not run, or their modules were replaced after attaching: detach, and "
-            "attach again",
+            f"{' and '.join(said)} were not run: the model skipped them, or their hooks were taken away; "
+            "detach and attach again",
             sorted({layer for layers in missing.values() for layer in layers}),
         )
 
@@ -246,6 +331,7 @@ class HFRuntime:
         weight = self._model.get_input_embeddings().weight
         device = torch.device("cpu") if weight.is_meta else weight.device
         found: dict[int, Floats] = {}
+        self.follow()
         self.local.capture = Capture(found, frozenset(layers), last)
         try:
             with torch.no_grad():
@@ -266,7 +352,13 @@ class HFRuntime:
         }
 
     def release(self) -> None:
-        for handle in (*self._handles, *self._elsewhere.values()):
-            handle.remove()
+        self._take_hooks()
         self._elsewhere.clear()
-        self._tracker.leave(self, self._layers.owner, self._model)
+        self._tracker.leave(self._model)
+
+
+def _require_unchanged(runtime: HFRuntime) -> None:
+    runtime.require_unchanged()
+
+
+_require_unchanged._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see hf_graph

@@ -48,12 +48,17 @@ class Graph:
         for kind in self._names:
             self._fill(*kind)
 
-    def use(self, site: str, device: torch.device, dtype: torch.dtype, made: bool, hooked: str) -> str:
+    def use(
+        self, site: str, device: torch.device, dtype: torch.dtype, made: bool, hooked: str, untold: str
+    ) -> str:
         """While tracing: have the tables at hand from now on, under the name that is returned.
 
-        made: whether there are tokens of a reply. hooked: so that Dynamo takes note of it. Raises
-        RuntimeNotSupported where it would matter which tokens of a reply they are.
+        made: whether there are tokens of a reply. hooked: so that Dynamo takes note of it. untold: why
+        nothing is known of the rows. Raises RuntimeNotSupported where it would matter which tokens of a reply
+        they are.
         """
+        if untold:
+            require_told(self.loaded, untold)
         if made and self.loaded.counts:
             raise RuntimeNotSupported(
                 "start, stop, ramp, decay and gates that remember count the tokens of a reply, which a "
@@ -76,7 +81,7 @@ def trace(graph: Graph, site: str, layer: int, h: Tensor) -> Tensor:
     h: (batch, tokens, width), of a router or some MLPs (batch * tokens, width).
     """
     rows = graph.rows or alone(h)
-    name = _use(graph, site, h.device, h.dtype, rows.made > 0, graph.hooked)
+    name = _use(graph, site, h.device, h.dtype, rows.made > 0, graph.hooked, rows.untold)
     table: Table | None = getattr(graph.tables, name)[layer]
     if table is None:
         return h
@@ -95,8 +100,19 @@ def alone(h: Tensor) -> Rows:
     return Rows(batch, tokens, tokens if tokens > 1 else 0)
 
 
-def _use(graph: Graph, site: str, device: torch.device, dtype: torch.dtype, made: bool, hooked: str) -> str:
-    return graph.use(site, device, dtype, made, hooked)
+def require_told(loaded: Loaded, untold: str) -> None:
+    """Raise RuntimeNotSupported if these programs can't act on rows of which it is untold what they are."""
+    if loaded.by_row or loaded.by_token:
+        raise RuntimeNotSupported(
+            f"{untold}, so that it can't be told which are a reply's: recipes for rows, windows (when, "
+            "start, stop, ramp, decay) and gates that remember do not work there; set one recipe without them"
+        )
+
+
+def _use(
+    graph: Graph, site: str, device: torch.device, dtype: torch.dtype, made: bool, hooked: str, untold: str
+) -> str:
+    return graph.use(site, device, dtype, made, hooked, untold)
 
 
 # What torch.compiler.assume_constant_result does; that would import Dynamo, most of a second.

@@ -59,6 +59,40 @@ class Hooked:
         return Hooked, ()
 
 
+def register_root(runtime: HFRuntime, model: nn.Module) -> Any:
+    """Put a hook on the whole model, by which `runtime_at` finds its runtime; returns torch's handle."""
+    return model.register_forward_pre_hook(partial(on_model, Hooked(runtime, "model")), prepend=True)
+
+
+def runtime_at(model: nn.Module) -> HFRuntime | None:
+    """The runtime that is attached to the whole of `model`."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, partial) and hook.func is on_model and hook.args[0].runtime is not None:
+            found: HFRuntime = hook.args[0].runtime
+            return found
+    return None
+
+
+def strip(runtime: HFRuntime, model: nn.Module) -> None:
+    """Take away hooks of the runtime that others have copied, as quantisation does to its modules."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_of(runtime, hook)]:
+                del hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _is_of(runtime: HFRuntime, hook: Any) -> bool:
+    place = hook.args[0] if isinstance(hook, partial) and hook.args else None
+    return isinstance(place, Hooked) and place.runtime is runtime
+
+
+def on_model(place: Hooked, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The hook before the whole model runs: its layers may be other ones by now."""
+    if place.runtime is not None and not is_compiling():
+        place.runtime.follow()
+
+
 def register(runtime: HFRuntime, site: str, layer: int, spot: Spot) -> Any:
     """Put a hook there; returns torch's handle."""
     place = Hooked(runtime, site, layer, spot.router)
@@ -86,6 +120,7 @@ def on_layer(layer: Hooked, module: nn.Module, args: tuple[Any, ...], output: An
         whole = run.whole
         if (
             whole is not None
+            and type(h) is Tensor
             and h.dtype is float32
             and h.shape == run.shape
             and h.is_cpu
@@ -179,10 +214,10 @@ def _brought(place: Hooked, h: Tensor, own: bool) -> Tensor:
 
 
 def _of(output: Any) -> Any:
-    return output[0] if type(output) is tuple else output
+    return output[0] if type(output) in (tuple, list) and output else output
 
 
 def _replaced(output: Any, h: Tensor) -> Any:
     if h is _of(output):
         return output
-    return (h, *output[1:]) if type(output) is tuple else h
+    return type(output)([h, *output[1:]]) if type(output) in (tuple, list) else h

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -12,13 +13,22 @@ from ..architectures import gguf_architecture
 from ..errors import RuntimeNotSupported
 from ..fingerprint import Fingerprint, vocabulary_digest
 
+# Families whose blocks pass on something else than (batch, tokens, hidden_size), by model type.
+_OTHER_STREAMS = {
+    "gemma3n_text": "several streams, (altup_num_inputs, batch, tokens, hidden_size)",
+    "xlnet": "(tokens, batch, d_model)",
+}
+
 
 class Layers(NamedTuple):
-    """A model's decoder layers. owner: the module whose forward runs them in order."""
+    """A model's decoder layers. owner: the nearest module around them that is given the tokens. names:
+    those of the layers in the model; owned: the owner's. path: the list of the layers, for people."""
 
     owner: nn.Module
     modules: tuple[nn.Module, ...]
     path: str
+    names: tuple[str, ...]
+    owned: str
 
 
 def text_config(model: Any) -> Any:
@@ -36,23 +46,41 @@ def find_layers(model: Any, named: str | Sequence[nn.Module] | None = None) -> L
     model is asked: its configuration has the number of layers, and they are the one list of that many
     modules that lies nearest to the top of its decoder.
 
-    Raises RuntimeNotSupported where there is no such list, or more than one.
+    Raises RuntimeNotSupported if there is no such list, or more than one, if no module around them is
+    given tokens, or if what they pass on has another shape than (batch, tokens, hidden_size).
     """
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise RuntimeNotSupported(f"{type(model).__name__} is an encoder-decoder model; mien steers decoders")
+    if config.model_type in _OTHER_STREAMS:
+        raise RuntimeNotSupported(
+            f"the layers of {type(model).__name__} pass on {_OTHER_STREAMS[config.model_type]}; mien steers "
+            "a residual stream of (batch, tokens, hidden_size)"
+        )
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if named is not None and not isinstance(named, str):
-        return _owned(model, tuple(named))
-    if named is not None:
-        if named not in lists:
-            raise RuntimeNotSupported(
-                f"layers: expected one of {', '.join(lists) or 'no list'}, got {named!r}"
-            )
-        path = named
+        return _owned(model, _names_of(model, tuple(named)))
+    if named is not None and named not in lists:
+        raise RuntimeNotSupported(f"layers: expected one of {', '.join(lists) or 'no list'}, got {named!r}")
+    path = named if named is not None else _nearest(model, lists, config.num_hidden_layers)
+    return _owned(model, [f"{path}.{name}" for name in lists[path]._modules])
+
+
+def follow_layers(model: Any, layers: Layers, named: str | Sequence[nn.Module] | None) -> Layers:
+    """The layers that are now where `layers` were found. named: as it was then.
+
+    Raises RuntimeNotSupported if they can't be found, or are not as many.
+    """
+    if named is None or isinstance(named, str):
+        found = find_layers(model, named)
     else:
-        path = _nearest(model, lists, config.num_hidden_layers)
-    return Layers(model.get_submodule(path.rpartition(".")[0]), tuple(lists[path]), path)
+        found = _owned(model, [name for name in layers.names if _at(model, name) is not None] or layers.names)
+    if len(found.modules) != len(layers.modules):
+        raise RuntimeNotSupported(
+            f"the model was attached with {len(layers.modules)} layers and has {len(found.modules)} now: "
+            "detach it and attach it again"
+        )
+    return found
 
 
 def _nearest(model: Any, lists: dict[str, nn.ModuleList], count: int) -> str:
@@ -72,14 +100,68 @@ def _nearest(model: Any, lists: dict[str, nn.ModuleList], count: int) -> str:
     )
 
 
-def _owned(model: Any, modules: tuple[nn.Module, ...]) -> Layers:
+def _names_of(model: Any, modules: tuple[nn.Module, ...]) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
     missing = [type(module).__name__ for module in modules if id(module) not in names]
     if missing or not modules:
         raise RuntimeNotSupported(f"layers: expected modules of the model, got {missing or 'none'}")
-    path = names[id(modules[0])].rpartition(".")[0]
-    owner = path.rpartition(".")[0] if isinstance(model.get_submodule(path), nn.ModuleList) else path
-    return Layers(model.get_submodule(owner), modules, path)
+    return [names[id(module)] for module in modules]
+
+
+def _owned(model: Any, names: Iterable[str]) -> Layers:
+    """The layers of those names, with the nearest module around the first that is given tokens."""
+    names = tuple(names)
+    modules = tuple(model.get_submodule(name) for name in names)
+    if len(set(modules)) < len(modules):
+        raise RuntimeNotSupported(
+            f"some of the layers of {type(model).__name__} are the same module, which would be steered twice"
+        )
+    path = above = names[0].rpartition(".")[0]
+    while not _takes_tokens(model.get_submodule(above)):
+        if not above:
+            raise RuntimeNotSupported(
+                f"no module around {path} of {type(model).__name__} takes input_ids or inputs_embeds; mien "
+                "steers models of text"
+            )
+        above = above.rpartition(".")[0]
+    return Layers(model.get_submodule(above), modules, path, names, above)
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return "input_ids" in parameters or "inputs_embeds" in parameters
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name, if there is one."""
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = module._modules.get(part) if module is not None else None
+    return module
+
+
+class Mounts:
+    """Where modules of a model are mounted, to tell whether other modules have been put there since."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        found: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+        self._lists: dict[nn.ModuleList, int] = {}
+        for name in names:
+            module = model
+            for part in name.split(".") if name else ():
+                inside = module.get_submodule(part)
+                found[id(module), part] = module._modules, part, inside
+                if isinstance(module, nn.ModuleList):
+                    self._lists[module] = len(module)
+                module = inside
+        self._links = list(found.values())
+
+    def intact(self) -> bool:
+        """Whether all are as they were."""
+        for modules, name, module in self._links:
+            if modules.get(name) is not module:
+                return False
+        return all(len(modules) == count for modules, count in self._lists.items())
 
 
 def require_weights(model: Any, layers: Layers) -> None:

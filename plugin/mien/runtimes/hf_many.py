@@ -22,8 +22,8 @@ from ..trie import Chunk, chunks
 from ..vector import Floats
 from . import attach
 from .hf_layers import find_layers, text_config
-from .hf_rows import tracker_of
 from .hf_text import chat_inputs
+from .hf_tracker import tracker_of
 
 CELLS = 512
 ROWS = 16

@@ -107,6 +107,12 @@ class Pass:
 
         Raises SteeringNotApplied where they are of another shape.
         """
+        if not isinstance(h, Tensor):
+            raise SteeringNotApplied(
+                f"layer {layer}: expected a tensor, alone or the first of a tuple or list, got "
+                f"{type(h).__name__}" + ("" if site == "residual" else f" at {site}"),
+                [layer],
+            )
         width = self.loaded.widths[site, layer]
         if h.shape[-1] != width or h.shape[:-1] not in self._shapes or not h.is_floating_point():
             raise SteeringNotApplied(

@@ -37,6 +37,9 @@ class Loaded:
         self.response = [self._number(program.response) for program in programs]
         self.alike = self.prompt == self.response
         self.counts = any(self.parts[number - 1].counts for number in self.response if number)
+        self.by_token = (
+            not self.alike or self.counts
+        )  # whether it matters which tokens are a reply's, and which
         self.remembers = [any(g.remembers for dose in part.doses for g in dose.gates) for part in self.parts]
         # Whether a part does nothing at the residual stream but add the same to every row.
         self.plain = [

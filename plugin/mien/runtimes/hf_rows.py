@@ -1,8 +1,5 @@
 """Which token each row of a forward pass is: prompt or response, padding or not, of which sequence.
 
-A tracker sits on the module that runs the decoder layers and on the model's `generate`. Attachments of
-one model share it, and are told of each forward pass before its first layer runs.
-
 What it goes by: inside of `generate`, the tokens that were passed in are the prompt and all that follow
 are the response. In somebody's own loop, a pass over several tokens or from an empty cache is prompt,
 and one more token is response; each prompt begins a new reply of its cache. Padding is what the attention
@@ -11,30 +8,27 @@ mask leaves out. The tokens of a reply are counted from 0, alike in all rows.
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import RuntimeNotSupported
+from .hf_caches import held, is_empty, lasts
 
 
 class Rows(NamedTuple):
     """The rows of one forward pass: `batch` sequences of `tokens` each.
 
     given: how many of the first tokens are prompt; the others are response. real: bool (batch, tokens),
-    false for padding, on the mask's device; None where there is none. fold: how many neighbouring
+    false for padding, on the mask's device; None if there is none. fold: how many neighbouring
     sequences came from one that the user passed in (beams and samples). reply: the number in the reply
-    of the first token that is response; None where it can't be told. kept: what listeners remember of
-    this reply, by their own keys; a new dict for each.
+    of the first token that is response; None if it can't be told. kept: what listeners remember of
+    this reply, by their own keys; a new dict for each. untold: why it can't be told which tokens are
+    prompt; empty if it can. resumed: whether several tokens are taken for a prompt although a reply of
+    the same cache had begun.
     """
 
     batch: int
@@ -44,6 +38,8 @@ class Rows(NamedTuple):
     fold: int = 1
     reply: int | None = None
     kept: dict[Any, Any] | None = None
+    untold: str = ""
+    resumed: bool = False
 
     @property
     def made(self) -> int:
@@ -54,7 +50,7 @@ class Rows(NamedTuple):
     def replies(self) -> range:
         """The numbers of the response tokens in their reply.
 
-        Raises RuntimeNotSupported where there are some and it is not known which.
+        Raises RuntimeNotSupported if there are some and it is not known which.
         """
         if self.made and self.reply is None:
             raise RuntimeNotSupported(
@@ -70,190 +66,130 @@ class Rows(NamedTuple):
         return [-1] * self.given + list(self.replies)
 
 
-class Listener(Protocol):
-    """Who is told of each forward pass."""
+PACKED = "several sequences are packed into one row of tokens (as in continuous batching)"
 
-    def begin(self, rows: Rows) -> None: ...
 
-    def end(self, finished: bool) -> None: ...
+def packed(tokens: int, ends: Tensor) -> Rows:
+    """One row in which several sequences follow one another. ends: where each does, (sequences + 1,)."""
+    real = torch.arange(tokens, device=ends.device) < ends[-1]  # a graph of fixed size is filled up
+    return Rows(1, tokens, tokens, real[None], untold=PACKED)
+
+
+def traced(batch: int, tokens: int, mask: Any) -> Rows:
+    """While a graph is compiled, of which a count would be a constant."""
+    flat = tokens > 1 and isinstance(mask, Tensor) and mask.dim() == 2
+    return Rows(batch, tokens, tokens if tokens > 1 else 0, real_of(mask, None, tokens) if flat else None)
 
 
 @dataclass
-class _Generation:
-    """One call of `generate`. given, batch: of what was passed in. seen: tokens evaluated so far."""
+class Generation:
+    """One call of `generate`, or the like, whose passes are counted from when it begins.
+
+    given, batch, mask: columns, rows and attention mask that were passed in. counted: `given` is the
+    number of prompt tokens, which may come in several passes; else all of the first pass is prompt,
+    which may have fewer tokens than were passed in (in a cache already) or more (pictures, virtual
+    tokens). drafts: passes may hold tokens that are taken back later, so that only the cache knows where
+    a pass begins.
+    """
 
     given: int
     batch: int
     mask: Tensor | None
-    seen: int | None = None
+    counted: bool = False
+    drafts: bool = False
     kept: dict[Any, Any] = field(default_factory=dict)
+    _prompt: int | None = None  # tokens of it that are evaluated here; None before the first pass
+    _seen: int = 0  # tokens evaluated so far
+    _cache: Any = None
+
+    def owns(self, cache: Any) -> bool:
+        """Whether a pass with this cache is one of its own; guidance runs the model beside it."""
+        cache = getattr(cache, "self_attention_cache", cache)
+        if self._cache is None and lasts(cache):
+            self._cache = cache
+        return self._cache is None or self._cache is cache
+
+    def rows(self, batch: int, tokens: int, cache: Any, mask: Any) -> Rows:
+        """The rows of the pass that comes next."""
+        given, reply, untold = self._place(tokens, cache, mask)
+        fold = max(batch // max(self.batch, 1), 1)
+        rows = Rows(batch, tokens, given, None, fold, reply, self.kept, untold)
+        if not given:  # `generate` pads prompts only
+            return rows
+        if not (isinstance(mask, Tensor) and mask.dim() == 2) and self.mask is not None:
+            mask = self.mask.repeat_interleave(fold, 0)
+        return rows._replace(real=real_of(mask, held(cache), tokens))
+
+    def _place(self, tokens: int, cache: Any, mask: Any) -> tuple[int, int, str]:
+        """(how many tokens are prompt, the number in the reply of the first that is not, why unknown)."""
+        if self.drafts:
+            return self._among_drafts(tokens, cache, mask)
+        if self._prompt is None:
+            before = 0 if not self.counted or is_empty(cache) else held(cache)
+            if before is None:
+                return tokens, 0, f"how many tokens of the prompt a {type(cache).__name__} holds is unknown"
+            self._prompt = self.given - before if self.counted else tokens
+        if 1 < tokens == self._seen + 1 and not self._prompt > self._seen:  # without a cache: all once more
+            self._seen = 0
+        first, self._seen = self._seen, self._seen + tokens
+        given = min(max(self._prompt - first, 0), tokens)
+        if tokens > 1 and not given and not self.counted:
+            return given, 0, f"generate() evaluated {tokens} tokens at once in the middle of the reply"
+        return given, max(first - self._prompt, 0), ""
+
+    def _among_drafts(self, tokens: int, cache: Any, mask: Any) -> tuple[int, int, str]:
+        first = held(cache)
+        if first is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            first = mask.shape[1] - tokens
+        if first is None:
+            return tokens, 0, f"which tokens a {type(cache).__name__} holds beside drafts is unknown"
+        passed = max(self.given, self.mask.shape[1] if self.mask is not None else 0)
+        return min(max(passed - first, 0), tokens), max(first - passed, 0), ""
 
 
 @dataclass
 class _Reply:
-    """Of one cache in somebody's own loop. began: the tokens that it held then, None where only a device
-    knows; made: tokens of the reply so far."""
+    """Of one cache in somebody's own loop. began: the tokens that it held then, None if unknown; made:
+    tokens of the reply so far."""
 
     began: int | None
     made: int = 0
     kept: dict[Any, Any] = field(default_factory=dict)
 
 
-class _Generate:
-    """Over a model's `generate`: says which tokens were passed in."""
-
-    def __init__(self, original: Callable[..., Any], tracker: Tracker) -> None:
-        self.original, self.tracker = original, tracker
-        functools.update_wrapper(self, original, updated=())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.tracker.replying(*_generation(*args, **kwargs)):
-            return self.original(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)  # the bound method of the copied model
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.original.__self__, "generate")  # type: ignore[attr-defined]  # it is bound
-
-
-def _generation(*args: Any, **kwargs: Any) -> tuple[int, int, Tensor | None]:
-    """(columns, rows, attention mask) that are passed to `generate`."""
-    names = ("inputs", "input_ids", "inputs_embeds")
-    tensors = [*args[:1], *(kwargs.get(name) for name in names)]
-    found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if not found:  # `generate` begins with one token of its own
-        return 1, 1, None
-    return found[-1].shape[1], found[-1].shape[0], kwargs.get("attention_mask")
-
-
-class _Local(threading.local):
-    generation: _Generation | None = None
-
-
-class Tracker:
-    """Tells its listeners what each row of a forward pass is. See `tracker_of`.
-
-    It lives in the hooks of the owner, which is the module that runs the layers, and holds no model.
-    """
+class Replies:
+    """The replies in somebody's own loop: the cache tells which one a pass goes on with."""
 
     def __init__(self) -> None:
-        self.local = _Local()
-        self.listeners: list[Listener] = []
-        self._replies: WeakKeyDictionary[Any, _Reply] = WeakKeyDictionary()
-        self._handles: list[Any] = []
-        self._order: tuple[str, ...] = ()
+        self._by_cache: WeakKeyDictionary[Any, _Reply] = WeakKeyDictionary()
 
-    def join(self, listener: Listener, owner: nn.Module, model: Any) -> None:
-        if not self.listeners:
-            self._order = tuple(inspect.signature(owner.forward).parameters)
-            self._handles = [
-                owner.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True),
-                owner.register_forward_hook(self.after, always_call=True),
-            ]
-            if callable(getattr(model, "generate", None)):
-                model.generate = _Generate(model.generate, self)
-        self.listeners = [*self.listeners, listener]
-
-    def leave(self, listener: Listener, owner: nn.Module, model: Any) -> None:
-        self.listeners = [other for other in self.listeners if other is not listener]
-        if self.listeners:
-            return
-        for handle in self._handles:
-            handle.remove()
-        if isinstance(vars(model).get("generate"), _Generate):
-            del model.generate
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tracker:
-        return Tracker()  # a copy of the model is of the plain one: nobody listens there
-
-    def __reduce__(self) -> Any:
-        return Tracker, ()
-
-    @contextmanager
-    def replying(self, given: int, batch: int, mask: Tensor | None) -> Iterator[None]:
-        """Passes inside are of a `generate` that `batch` rows of `given` tokens were passed to."""
-        before = self.local.generation
-        self.local.generation = _Generation(given, batch, mask)
-        try:
-            yield
-        finally:
-            self.local.generation = before
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            kwargs = {**dict(zip(self._order, args)), **kwargs}
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            return  # the model says what it misses
-        rows = self._rows(tokens.shape[0], tokens.shape[1], kwargs)
-        for listener in self.listeners:
-            listener.begin(rows)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for listener in self.listeners:
-            listener.end(output is not None)
-
-    def _rows(self, batch: int, tokens: int, kwargs: dict[str, Any]) -> Rows:
-        mask = kwargs.get("attention_mask")
-        if torch.compiler.is_compiling():  # a count would be a constant of the graph
-            flat = tokens > 1 and isinstance(mask, Tensor) and mask.dim() == 2
-            return Rows(
-                batch, tokens, tokens if tokens > 1 else 0, _real(mask, None, tokens) if flat else None
-            )
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        length = _length(cache)
-        generation = self.local.generation
-        if generation is None:
-            rows = self._in_a_loop(batch, tokens, cache, length)
-            return rows._replace(real=_real(mask, length, tokens))
-        if length is None:  # on a device: count instead of waiting for it
-            length = generation.seen if generation.seen is not None else int(cache.get_seq_length())  # type: ignore[union-attr]
-        generation.seen = length + tokens
-        fold = max(batch // max(generation.batch, 1), 1)
-        given = min(max(generation.given - length, 0), tokens)
-        number = 0 if given else length - generation.given
-        rows = Rows(batch, tokens, given, None, fold, number, generation.kept)
-        if not given:  # `generate` pads prompts only
+    def rows(self, batch: int, tokens: int, cache: Any, mask: Any) -> Rows:
+        """The rows of the pass that comes next."""
+        length = held(cache)
+        begun = self._by_cache.get(cache) if lasts(cache) else None
+        empty = length == 0 if length is not None or begun is not None else is_empty(cache)
+        rows = Rows(batch, tokens, tokens if tokens > 1 or empty else 0, real_of(mask, length, tokens))
+        if not lasts(cache):
             return rows
-        if not (isinstance(mask, Tensor) and mask.dim() == 2) and generation.mask is not None:
-            mask = generation.mask.repeat_interleave(fold, 0)
-        return rows._replace(real=_real(mask, length, tokens))
-
-    def _in_a_loop(self, batch: int, tokens: int, cache: Any, length: int | None) -> Rows:
-        """Outside of `generate`; the cache tells which reply it is."""
-        given = tokens if tokens > 1 or length == 0 else 0
-        rows = Rows(batch, tokens, given)
-        if cache is None or isinstance(cache, (tuple, list)):  # nothing that lasts from token to token
-            return rows
-        if given or cache not in self._replies:
-            self._replies[cache] = _Reply(None if length is None else length + given)
-        if given:
-            return rows
-        reply = self._replies[cache]
+        if empty is None and not rows.given:
+            untold = f"whether a {type(cache).__name__} that mien has not seen before is empty is unknown"
+            return rows._replace(untold=untold)
+        if begun is None or rows.given:
+            self._by_cache[cache] = _Reply(None if length is None else length + rows.given)
+        if rows.given:
+            return rows._replace(resumed=begun is not None and begun.made > 0 and not empty)
+        reply = self._by_cache[cache]
         counted = length is None or reply.began is None
         number = reply.made if counted else max(length - reply.began, 0)  # type: ignore[operator]  # as counted
         reply.made = number + tokens
         return rows._replace(reply=number, kept=reply.kept)
 
 
-def _length(cache: Any) -> int | None:
-    """How many tokens a cache holds; None where only a device knows."""
-    if cache is None:
-        return 0
-    if isinstance(cache, (tuple, list)):  # before transformers had caches of its own
-        return int(cache[0][0].shape[-2]) if cache and cache[0] else 0
-    length = cache.get_seq_length()
-    return length if isinstance(length, int) else None
-
-
-def _real(mask: Any, length: int | None, tokens: int) -> Tensor | None:
+def real_of(mask: Any, length: int | None, tokens: int) -> Tensor | None:
     """The columns of an attention mask that belong to the tokens of this pass, as booleans."""
     if isinstance(mask, dict):  # one a kind of layer; a window would hide tokens that are no padding
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.shape[-1] < tokens:
         return None
     first = mask.shape[-1] - tokens if length is None or mask.shape[-1] < length + tokens else length
     if mask.dim() == 2:
@@ -262,12 +198,3 @@ def _real(mask: Any, length: int | None, tokens: int) -> Tensor | None:
         own = mask[:, 0, :, first : first + tokens].diagonal(dim1=1, dim2=2)
         return own if own.dtype == torch.bool else own == 0
     return None
-
-
-def tracker_of(owner: nn.Module) -> Tracker:
-    """The tracker of the module that runs the decoder layers: one for all attachments."""
-    for hook in owner._forward_pre_hooks.values():
-        found = getattr(hook, "__self__", None)
-        if isinstance(found, Tracker) and found.listeners:
-            return found
-    return Tracker()

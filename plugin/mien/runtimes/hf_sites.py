@@ -22,6 +22,7 @@ from .hf_layers import Layers, text_config
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|experts", re.IGNORECASE)
 _INWARD = re.compile(r"w?[qkv]", re.IGNORECASE)
+_ADAPTER = re.compile(r"lora|base_layer")  # inside of a module that PEFT has put in a linear one's place
 _FROM_HEADS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _FROM_NEURONS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2")
 
@@ -41,7 +42,7 @@ class Sites:
 
     def __init__(self, model: Any, layers: Layers) -> None:
         self._config = text_config(model)
-        self._layers = layers.modules
+        self._layers, self._names = layers.modules, layers.names
         self._found: dict[tuple[str, int], Spot] = {}
 
     def spot(self, site: str, layer: int) -> Spot:
@@ -50,6 +51,12 @@ class Sites:
         if place not in self._found:
             self._found[place] = _FINDERS[site](self, layer)
         return self._found[place]
+
+    def name(self, site: str, layer: int) -> str:
+        """The name in the model of the module where it is."""
+        module = self.spot(site, layer).module
+        inner = next(name for name, each in self._layers[layer].named_modules() if each is module)
+        return f"{self._names[layer]}.{inner}".rstrip(".")
 
     @cached_property
     def routed(self) -> tuple[int, ...]:
@@ -154,7 +161,7 @@ class Sites:
         found = {
             name.rpartition(".")[2]: module
             for name, module in inside.named_modules()
-            if _shape(module)[1] == n_embd and "lora" not in name
+            if _shape(module)[1] == n_embd and not _ADAPTER.search(name)
         }
         for name in names:
             if name in found:
@@ -192,7 +199,9 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _has_matrices(module: nn.Module) -> bool:
-    return any(tensor.dim() > 1 for tensor in chain(module.parameters(), module.buffers()))
+    """Quantised modules may hold them as what is no tensor of the module."""
+    tensors = chain(module.parameters(), module.buffers())
+    return any(tensor.dim() > 1 for tensor in tensors) or any(_shape(each)[1] for each in module.modules())
 
 
 def _adds_residual(module: nn.Module) -> bool:
