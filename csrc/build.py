@@ -27,7 +27,7 @@ flags = (
 )
 
 ffibuilder = FFI()
-for header in ("mien_program.h", "mien_llama.h"):
+for header in ("mien_program.h", "mien_batch.h", "mien_llama.h"):
     ffibuilder.cdef(declarations(header))
 ffibuilder.set_source(
     "mien._engine",

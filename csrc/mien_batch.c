@@ -25,19 +25,34 @@ int32_t mien_batch_sequence(const mien_batch *batch, int32_t token, const mien_s
     return count > 0 ? its[0] : -1;
 }
 
-/* What came before `position` and was not seen, a copy or a state that was loaded, was given. */
-static void follow(mien_sequence *sequence, int32_t position, uint64_t serial) {
-    const bool more = sequence->seen == serial, unseen = position > sequence->next;
-    sequence->seen = serial;
-    sequence->next = position + 1;
-    if (sequence->told) return;
-    if (more || position == 0)
-        sequence->reply_from = position + 1;
-    else if (unseen || sequence->reply_from > position)
-        sequence->reply_from = position;
+/* Whether logits are computed for a token; without `outputs` only for the batch's last. */
+static bool is_output(const mien_batch *batch, int32_t token) {
+    return batch->outputs ? batch->outputs[token] : token == batch->n_tokens - 1;
 }
 
-mien_status mien_batch_follow(const mien_batch *batch, mien_sequence *sequences, int32_t n, uint64_t serial) {
+/* What came before `position` and was not seen, a copy or a state that was loaded, was given. Returns whether
+ * a reply continues with several tokens. */
+static bool follow(mien_sequence *sequence, int32_t position, bool output, uint64_t serial) {
+    const bool unseen = position > sequence->next;
+    const bool more = sequence->seen == serial, rest = sequence->silent && position == sequence->next;
+    const bool continued = more && sequence->replied && sequence->replied != serial;
+    sequence->seen = serial;
+    sequence->next = position + 1;
+    sequence->silent = !output;
+    if (sequence->told) return false;
+    if (more || rest || position == 0) {
+        sequence->reply_from = position + 1;
+        sequence->replied = 0;
+        return continued;
+    }
+    if (unseen || sequence->reply_from > position) sequence->reply_from = position;
+    if (!sequence->replied) sequence->replied = serial;
+    return false;
+}
+
+mien_status mien_batch_follow(const mien_batch *batch, mien_sequence *sequences, int32_t n, uint64_t serial,
+                              bool *continued) {
+    *continued = false;
     for (int32_t t = 0; t < batch->n_tokens; t++)
         if (mien_batch_sequence(batch, t, sequences, n) < 0) return MIEN_ERR_ROWS;
     /* A sequence's only token in the batch is taken for one more; a second shows that both were given. */
@@ -45,7 +60,8 @@ mien_status mien_batch_follow(const mien_batch *batch, mien_sequence *sequences,
         int32_t count;
         const int32_t *its = sequences_of(batch, t, &count);
         const int32_t position = batch->positions ? batch->positions[t] : sequences[its[0]].next;
-        for (int32_t i = 0; i < count; i++) follow(&sequences[its[i]], position, serial);
+        for (int32_t i = 0; i < count; i++)
+            if (follow(&sequences[its[i]], position, is_output(batch, t), serial)) *continued = true;
     }
     return MIEN_OK;
 }
@@ -186,6 +202,7 @@ mien_status mien_evaluation_begin(mien_evaluation *evaluation, const mien_batch 
     if (!grow(evaluation, batch->n_tokens)) return MIEN_ERR_MEMORY;
     evaluation->all.n = evaluation->outputs.n = 0;
     evaluation->ids = batch->ids;
+    evaluation->positions = batch->positions;
     evaluation->output = batch->outputs;
     evaluation->n_orders = evaluation->order = 0;
     bool one_sequence = true;
@@ -217,7 +234,7 @@ mien_status mien_evaluation_begin(mien_evaluation *evaluation, const mien_batch 
     return MIEN_OK;
 }
 
-bool mien_evaluation_needs_ids(const mien_evaluation *evaluation) { return evaluation->n_orders > 0; }
+bool mien_evaluation_needs_inputs(const mien_evaluation *evaluation) { return evaluation->n_orders > 0; }
 
 static void put(mien_rows *rows, const mien_rows *tokens, int32_t token) {
     rows->token[rows->n] = token;
@@ -226,30 +243,35 @@ static void put(mien_rows *rows, const mien_rows *tokens, int32_t token) {
     rows->what[rows->n++] = tokens->what[token];
 }
 
-static bool agrees(const mien_evaluation *evaluation, int i, int32_t before, int32_t n, const int32_t *ids) {
-    for (int32_t r = 0; r < n; r++)
-        if (evaluation->ids[evaluation->orders[i][before + r]] != ids[r]) return false;
+static bool agrees(const int32_t *order, const int32_t *of_batch, int32_t n, const int32_t *of_graph) {
+    for (int32_t r = 0; of_batch && of_graph && r < n; r++)
+        if (of_batch[order[r]] != of_graph[r]) return false;
     return true;
 }
 
 /* The order that holds for this graph, too. One that held for graphs before may give way to the next only
- * where that has the same tokens in them: else they were taken for others. */
-static const int32_t *order_of(mien_evaluation *evaluation, int32_t before, int32_t n, const int32_t *ids) {
-    if (!ids || !evaluation->ids) return NULL;
+ * where that has the same tokens in them: else they were taken for others. Positions tell sequences apart that
+ * repeat the same tokens. */
+static const int32_t *order_of(mien_evaluation *evaluation, int32_t before, int32_t n, const int32_t *ids,
+                               const int32_t *positions) {
+    if (!(ids && evaluation->ids) && !(positions && evaluation->positions)) return NULL;
     const int32_t *held = NULL;
     for (; evaluation->order < evaluation->n_orders; evaluation->order++) {
         const int32_t *order = evaluation->orders[evaluation->order];
         if (held && memcmp(order, held, (size_t)before * sizeof *order)) continue;
-        if (agrees(evaluation, evaluation->order, before, n, ids)) return order;
+        if (agrees(order + before, evaluation->ids, n, ids) &&
+            agrees(order + before, evaluation->positions, n, positions))
+            return order;
         if (!held) held = order;
     }
     return NULL;
 }
 
-bool mien_evaluation_graph(mien_evaluation *evaluation, int32_t before, int32_t n, const int32_t *ids) {
+bool mien_evaluation_graph(mien_evaluation *evaluation, int32_t before, int32_t n, const int32_t *ids,
+                           const int32_t *positions) {
     evaluation->all.n = evaluation->outputs.n = 0;
     if (before < 0 || n > evaluation->n_tokens - before) return false;
-    const int32_t *order = evaluation->n_orders ? order_of(evaluation, before, n, ids) : NULL;
+    const int32_t *order = evaluation->n_orders ? order_of(evaluation, before, n, ids, positions) : NULL;
     if (evaluation->n_orders && !order) return false;
     for (int32_t r = 0; r < n; r++) {
         const int32_t token = order ? order[before + r] : before + r;

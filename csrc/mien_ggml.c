@@ -63,6 +63,7 @@ static void find_operations(const mien_ggml *ggml, mien_layout *layout, int32_t 
             if (!strcmp(name, never_outputs[i])) layout->never[op] = true;
         if (!strcmp(name, "MUL_MAT")) layout->op_multiply = op;
         if (!strcmp(name, "GET_ROWS")) layout->op_gather = op;
+        if (!strcmp(name, "ROPE")) layout->op_rotate = op;
     }
 }
 

@@ -56,7 +56,7 @@ enum { MIEN_IMAGE_MAX = 4 + 64 };
 typedef struct {
     size_t op, sources, buffer;
     size_t image_size;          /* from op to the end of the user data; 0: nothing was found */
-    int32_t op_add, op_multiply, op_gather; /* ADD, MUL_MAT, GET_ROWS; 0 where there is no such one */
+    int32_t op_add, op_multiply, op_gather, op_rotate; /* ADD, MUL_MAT, GET_ROWS, ROPE; 0 if there is none */
     bool never[128];            /* by operation: whether it can't make a block's output */
 } mien_layout;
 

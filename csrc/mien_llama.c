@@ -8,7 +8,21 @@
 #include "mien_ggml.h"
 #include "mien_kernels.h"
 
-enum { STEM_MAX = 31, RESIDUAL = 1u << MIEN_SITE_RESIDUAL };
+enum { STEM_MAX = 31, STRAYS_MAX = 64, COPY_ALIGN = 64 / sizeof(float), RESIDUAL = 1u << MIEN_SITE_RESIDUAL };
+
+/* What acts, for every sequence: made by swap, and owned by the mailbox until the decode's thread takes it. */
+typedef struct {
+    uint64_t id;
+    int32_t count;                          /* 1 for all sequences, or one for each */
+    bool alike;                             /* the same programs on every sequence */
+    uint32_t sites;                         /* a bit for each site where any of them acts */
+    mien_acting acting[];                   /* count; programs retained */
+} setting;
+
+/* An input of the graph that begins: n values, -1 if it was not read. */
+typedef struct {
+    int32_t *values, n, size;
+} input;
 
 /* One a place, at an address that patched nodes keep: they find the program through it, so a swap touches no
  * node. */
@@ -46,25 +60,29 @@ struct mien_hook {
     mien_batch_layout fields;
     mien_batching batching;
 
-    atomic_flag lock;                       /* guards `next` and `alike`: held for a few instructions */
-    mien_sequence *next;                    /* n_sequences; only what acts, retained */
-    bool alike;                             /* all of them */
-    _Atomic uint32_t next_sites;            /* a bit for each site where any of them acts */
-
-    mien_sequence *now;                     /* n_sequences; what acts is retained in a scope */
-    mien_program **pinned;                  /* the different programs that act on the running graph */
+    _Atomic(setting *) mailbox;             /* swapped in, and not yet taken; owned */
+    setting *current;                       /* what acts; owned */
+    bool settled;                           /* every sequence goes by it */
+    mien_sequence *now;                     /* n_sequences */
+    mien_program **pinned;                  /* the different programs that act on the running graph: of `current` */
     int32_t n_pinned;
     uint32_t sites;                         /* where they act */
     bool in_scope, by_row;                  /* by_row: which token a row is must be known */
-    uint64_t serial;                        /* of the scope */
+    bool continued;
+    uint64_t serial;                        /* of the scope, or of the graphs outside */
     mien_status error;                      /* the first of this scope */
-    int64_t strays;
+
+    int64_t unsteered;                      /* graphs outside of a scope on which nothing could act */
+    mien_stray strays[STRAYS_MAX];
+    int32_t n_strays;                       /* -1: more than there is room for */
 
     mien_evaluation evaluation;
     uint64_t graph;                         /* its number */
     int32_t last_layer;                     /* asked for last in this graph */
     int64_t graph_tokens, tokens_before;    /* in this graph; in the earlier graphs of this scope */
-    int32_t *ids, n_ids, ids_size;          /* tokens of the graph that begins; n_ids -1: not read */
+    bool between;                           /* of the graph that begins no place was asked for yet */
+    bool looks_up;                          /* it looks up embeddings of tokens */
+    input ids, positions;                   /* of the graph that begins */
 
     const ggml_tensor *pending;             /* asked for: it comes back computed */
     slot *pending_slot;
@@ -84,6 +102,7 @@ struct mien_hook {
     struct {
         mien_probe *probe;                  /* retained */
         float *before, *after;
+        int32_t n_tokens;                   /* for which they have room */
     } watch;
     struct {
         int64_t *counts;
@@ -97,6 +116,9 @@ struct mien_hook {
 
     void *scratch;                          /* rows on their way from and to a device */
     size_t scratch_size;
+    float *copies;                          /* n_threads rows of copy_width: see mien_program_apply */
+    size_t copy_width;
+    int32_t n_threads, copy_threads;        /* that there may be; that there is room for */
     slot slots[];                           /* MIEN_SITES x n_layer */
 };
 
@@ -104,13 +126,8 @@ size_t mien_hook_symbol_count(void) { return mien_ggml_symbol_count(); }
 
 const char *mien_hook_symbol(size_t i) { return mien_ggml_symbol(i); }
 
-static void lock(mien_hook *hook) {
-    while (atomic_flag_test_and_set_explicit(&hook->lock, memory_order_acquire)) {}
-}
-
-static void unlock(mien_hook *hook) { atomic_flag_clear_explicit(&hook->lock, memory_order_release); }
-
 static void fail(mien_hook *hook, mien_status status) {
+    if (!hook->in_scope) hook->unsteered++; /* no end tells of it */
     if (hook->error == MIEN_OK) hook->error = status;
 }
 
@@ -128,12 +145,11 @@ static uint32_t sites_of(const mien_program *program) {
 static void pin(mien_hook *hook, mien_program *program) {
     for (int32_t i = 0; i < hook->n_pinned; i++)
         if (hook->pinned[i] == program) return;
-    if (program) hook->pinned[hook->n_pinned++] = mien_program_retain(program);
+    if (program) hook->pinned[hook->n_pinned++] = program;
     hook->sites |= sites_of(program);
 }
 
 static void unpin(mien_hook *hook) {
-    for (int32_t i = 0; i < hook->n_pinned; i++) mien_program_release(hook->pinned[i]);
     hook->n_pinned = 0;
     hook->sites = 0;
 }
@@ -150,6 +166,64 @@ static void note_steered(slot *here, int64_t rows, mien_shift shift) {
     double sum = atomic_load_explicit(&here->moved, memory_order_relaxed);
     while (!atomic_compare_exchange_weak_explicit(&here->moved, &sum, sum + shift.squared, memory_order_relaxed,
                                                   memory_order_relaxed)) {}
+}
+
+/* ---- what is set -------------------------------------------------------------------------------- */
+
+static void free_setting(setting *old) {
+    for (int32_t i = 0; old && i < old->count; i++) {
+        mien_program_release(old->acting[i].prompt);
+        mien_program_release(old->acting[i].response);
+    }
+    free(old);
+}
+
+static setting *new_setting(const mien_acting *acting, int32_t count, uint64_t id) {
+    setting *made = malloc(sizeof *made + (size_t)count * sizeof *acting);
+    if (!made) return NULL;
+    *made = (setting){.id = id, .count = count, .alike = true};
+    for (int32_t i = 0; i < count; i++) {
+        const mien_acting *one = &acting[i], *last = &acting[i ? i - 1 : 0];
+        mien_program_retain(one->prompt);
+        mien_program_retain(one->response);
+        made->acting[i] = *one;
+        made->alike = made->alike && one->prompt == acting->prompt && one->response == acting->response;
+        if (!i || one->prompt != last->prompt || one->response != last->response)
+            made->sites |= sites_of(one->prompt) | sites_of(one->response);
+    }
+    return made;
+}
+
+/* Have each sequence go by `current`. Gates of a new generation start without a state. */
+static mien_status settle(mien_hook *hook) {
+    mien_status status = MIEN_OK;
+    for (int32_t i = 0; i < hook->batching.n_sequences; i++) {
+        const mien_acting *acting = &hook->current->acting[hook->current->count == 1 ? 0 : i];
+        mien_sequence *sequence = &hook->now[i];
+        sequence->prompt = acting->prompt;
+        sequence->response = acting->response;
+        if (sequence->generation == acting->generation) continue;
+        mien_memory_release(sequence->memory);
+        sequence->memory = NULL;
+        if (mien_program_remembers(acting->response) && mien_memory_new(&sequence->memory, acting->response) != MIEN_OK)
+            status = MIEN_ERR_MEMORY;
+        else
+            sequence->generation = acting->generation;
+    }
+    hook->settled = status == MIEN_OK;
+    return status;
+}
+
+/* What was swapped in becomes what acts. On an error some gates have no state, and the next call tries again. */
+static mien_status take_setting(mien_hook *hook) {
+    if (atomic_load_explicit(&hook->mailbox, memory_order_relaxed)) {
+        setting *taken = atomic_exchange_explicit(&hook->mailbox, NULL, memory_order_acquire), *old = hook->current;
+        hook->current = taken;
+        const mien_status status = settle(hook);
+        free_setting(old);
+        return status;
+    }
+    return hook->current && !hook->settled ? settle(hook) : MIEN_OK;
 }
 
 /* ---- rows --------------------------------------------------------------------------------------- */
@@ -175,21 +249,23 @@ static void copy_readouts(const slot *here, int64_t first, int64_t last) {
     }
 }
 
-/* Steer and read rows first to last of `data`, which holds the tensor's rows from row 0 on. */
-static void steer_rows(slot *here, float *data, int64_t first, int64_t last) {
+/* Steer and read rows first to last of `data`, which holds the tensor's rows from row 0 on. thread: its number
+ * among those that compute. */
+static void steer_rows(slot *here, float *data, int64_t first, int64_t last, int thread) {
     mien_hook *hook = here->hook;
     const size_t width = (size_t)here->width;
+    float *copy = thread < hook->copy_threads ? hook->copies + (size_t)thread * hook->copy_width : NULL;
     mien_shift shift = {0, 0};
     if (here->watched) read_rows(here, data, first, last, hook->watch.before);
     if (!here->rows) {
         shift = mien_program_apply(hook->n_pinned ? hook->pinned[0] : NULL, here->site, here->layer,
-                                   data + (size_t)first * width, (size_t)(last - first), NULL);
+                                   data + (size_t)first * width, (size_t)(last - first), NULL, copy);
     } else {
         for (int64_t r = first, end; r < last; r = end) { /* neighbours on which the same acts */
             for (end = r + 1; end < last && here->rows->program[end] == here->rows->program[r];) end++;
             const mien_shift some =
                 mien_program_apply(here->rows->program[r], here->site, here->layer, data + (size_t)r * width,
-                                   (size_t)(end - r), &here->rows->what[r]);
+                                   (size_t)(end - r), &here->rows->what[r], copy);
             shift.squared += some.squared;
             shift.rows += some.rows;
         }
@@ -222,7 +298,7 @@ static void add_and_steer(ggml_tensor *dst, const ggml_tensor *a, const ggml_ten
     float *out = ggml->ggml_get_data(dst);
     mien_sum(out + offset, (const float *)ggml->ggml_get_data(a) + offset,
              (const float *)ggml->ggml_get_data(b) + offset, (size_t)(last - first) * n);
-    steer_rows(here, out, first, last);
+    steer_rows(here, out, first, last, ith);
 }
 
 /* Contiguous rows of `width` float32: what every path needs. */
@@ -278,6 +354,26 @@ static void *scratch(mien_hook *hook, size_t size) {
     return hook->scratch;
 }
 
+/* Give every thread room for a copy of a row, if anything that is pinned needs it. On error no thread has. */
+static mien_status make_copies(mien_hook *hook) {
+    size_t width = 0;
+    for (int32_t i = 0; i < hook->n_pinned; i++) {
+        const size_t of_program = mien_program_copy(hook->pinned[i]);
+        if (of_program > width) width = of_program;
+    }
+    if (!width || (width <= hook->copy_width && hook->n_threads <= hook->copy_threads)) return MIEN_OK;
+    free(hook->copies);
+    hook->copies = NULL;
+    hook->copy_threads = 0;
+    hook->copy_width = (width + COPY_ALIGN - 1) / COPY_ALIGN * COPY_ALIGN; /* no two threads share a cache line */
+    const size_t row = hook->copy_width * sizeof(float);
+    if ((size_t)hook->n_threads > SIZE_MAX / row) return MIEN_ERR_MEMORY;
+    hook->copies = malloc((size_t)hook->n_threads * row);
+    if (!hook->copies) return MIEN_ERR_MEMORY;
+    hook->copy_threads = hook->n_threads;
+    return MIEN_OK;
+}
+
 static void steer_computed(slot *here, ggml_tensor *t, int64_t rows) {
     mien_hook *hook = here->hook;
     const size_t size = (size_t)rows * (size_t)here->width * sizeof(float);
@@ -288,7 +384,7 @@ static void steer_computed(slot *here, ggml_tensor *t, int64_t rows) {
         return;
     }
     if (!direct) hook->ggml.ggml_backend_tensor_get(t, data, 0, size);
-    steer_rows(here, data, 0, rows);
+    steer_rows(here, data, 0, rows, 0);
     if (!direct) hook->ggml.ggml_backend_tensor_set(t, data, 0, size);
 }
 
@@ -323,10 +419,15 @@ static void count_computed(mien_hook *hook, const ggml_tensor *t, int32_t layer)
 
 /* ---- graphs ------------------------------------------------------------------------------------- */
 
+static void forget_inputs(mien_hook *hook) {
+    hook->between = true;
+    hook->looks_up = false;
+    hook->ids.n = hook->positions.n = -1;
+}
+
 static void forget_graphs(mien_hook *hook) {
     hook->last_layer = -1;
     hook->graph_tokens = hook->tokens_before = 0;
-    hook->n_ids = -1;
     hook->tail.left = 0;
     hook->error = MIEN_OK;
     for (int32_t i = 0; i < MIEN_SITES * hook->n_layer; i++) {
@@ -341,46 +442,153 @@ static void forget_graphs(mien_hook *hook) {
     }
 }
 
-/* The tokens of the graph that begins, from the node that looks up their embeddings. */
-static void read_ids(mien_hook *hook, const ggml_tensor *t) {
+static bool grow_input(input *in, int64_t n) {
+    if (n <= in->size) return true;
+    if (n > INT32_MAX) return false;
+    int32_t *grown = realloc(in->values, (size_t)n * sizeof *grown);
+    if (!grown) return false;
+    in->values = grown;
+    in->size = (int32_t)n;
+    return true;
+}
+
+/* Read int32s from a leaf of the graph, which was set before anything is computed. */
+static void read_input(mien_hook *hook, const ggml_tensor *leaf, input *in) {
     const mien_ggml *ggml = &hook->ggml;
-    const ggml_tensor *ids = mien_pointer_at(t, hook->layout.sources + sizeof(void *));
-    if (!ids || strcmp(ggml->ggml_get_name(ids), "inp_tokens")) return;
-    const int64_t n = ggml->ggml_nelements(ids);
-    if (n <= 0 || n > hook->evaluation.n_tokens || ggml->ggml_nbytes(ids) != (size_t)n * sizeof(int32_t)) return;
-    if (n > hook->ids_size) {
-        int32_t *grown = realloc(hook->ids, (size_t)n * sizeof *grown);
-        if (!grown) {
-            fail(hook, MIEN_ERR_MEMORY);
+    const int64_t n = ggml->ggml_nelements(leaf);
+    if (n <= 0 || ggml->ggml_nbytes(leaf) != (size_t)n * sizeof(int32_t)) return;
+    if (!grow_input(in, n)) {
+        fail(hook, MIEN_ERR_MEMORY);
+        return;
+    }
+    ggml->ggml_backend_tensor_get(leaf, in->values, 0, (size_t)n * sizeof(int32_t));
+    in->n = (int32_t)n;
+}
+
+/* The tokens and positions of the graph that begins, from a node that looks embeddings up or rotates. */
+static void read_inputs(mien_hook *hook, const ggml_tensor *t) {
+    const ggml_tensor *leaf = mien_pointer_at(t, hook->layout.sources + sizeof(void *));
+    if (!leaf) return;
+    const char *name = hook->ggml.ggml_get_name(leaf);
+    if (!strcmp(name, "inp_tokens")) { /* a graph's first node */
+        forget_inputs(hook);
+        hook->looks_up = true;
+        if (hook->in_scope) read_input(hook, leaf, &hook->ids);
+    } else if (hook->between && hook->positions.n < 0 && !strcmp(name, "inp_pos")) {
+        read_input(hook, leaf, &hook->positions);
+    }
+}
+
+/* Whether the inputs of a graph must be known, to tell its tokens' order, or what they are. */
+static bool needs_inputs(const mien_hook *hook) {
+    return hook->in_scope ? hook->by_row && mien_evaluation_needs_inputs(&hook->evaluation)
+                          : hook->batching.n_sequences == 1;
+}
+
+/* Of a graph with n tokens; NULL if they were not read. Models with positions of several dimensions have them one
+ * dimension after another. */
+static const int32_t *positions_of(const mien_hook *hook, int64_t n) {
+    return n > 0 && hook->positions.n >= n && hook->positions.n % n == 0 ? hook->positions.values : NULL;
+}
+
+static bool pin_all(mien_hook *hook);
+
+/* Nothing acts on the graph, though something is set. */
+static void leave_unsteered(mien_hook *hook) {
+    unpin(hook);
+    hook->by_row = false;
+    hook->unsteered++;
+}
+
+static void note_stray(mien_hook *hook, int32_t position, int32_t rows, int32_t given) {
+    const uint64_t id = mien_hook_acted(hook);
+    mien_stray *last = hook->n_strays > 0 ? &hook->strays[hook->n_strays - 1] : NULL;
+    if (hook->n_strays < 0) return;
+    if (last && last->id == id && last->position >= 0 && last->position + last->rows == position &&
+        rows <= INT32_MAX - last->rows && (last->given == last->rows || !given)) {
+        last->rows += rows;
+        last->given += given;
+    } else if (hook->n_strays == STRAYS_MAX) {
+        hook->n_strays = -1;
+    } else {
+        hook->strays[hook->n_strays++] = (mien_stray){position, rows, given, id};
+    }
+}
+
+/* The graph's tokens as a batch of the one sequence: embeddings, and a token after one that asked for no logits,
+ * are given. NULL for no memory. */
+static mien_status follow_stray(mien_hook *hook, int32_t rows, const int32_t *known, mien_batch *batch) {
+    mien_sequence *only = &hook->now[0];
+    if (!known) {
+        if (!grow_input(&hook->positions, rows)) return MIEN_ERR_MEMORY;
+        for (int32_t i = 0; i < rows; i++) hook->positions.values[i] = only->next + i;
+    }
+    *batch = (mien_batch){rows, NULL, hook->positions.values, NULL, NULL, NULL};
+    bool continued;
+    const mien_status status = mien_batch_follow(batch, hook->now, 1, ++hook->serial, &continued);
+    if (status == MIEN_OK && !hook->looks_up && !only->told && only->reply_from < only->next)
+        only->reply_from = only->next;
+    return status;
+}
+
+/* A graph outside of begin..end. */
+static void begin_stray(mien_hook *hook, int64_t n) {
+    const int32_t *known = positions_of(hook, n);
+    forget_graphs(hook);
+    unpin(hook);
+    mien_status status = take_setting(hook);
+    hook->by_row = hook->continued = false;
+    if (status != MIEN_OK) fail(hook, status);
+    const mien_acting *acting = hook->current ? hook->current->acting : NULL;
+    const bool one = hook->batching.n_sequences == 1;
+    if (n <= 0 || n > INT32_MAX) return;
+    if (hook->current && !hook->current->alike) {
+        leave_unsteered(hook);
+        return;
+    }
+    const bool same = !acting || (acting->prompt == acting->response && !mien_program_counts(acting->response));
+    if (same && acting) pin(hook, acting->response);
+    if (one) {
+        const int32_t rows = (int32_t)n;
+        mien_batch batch;
+        status = follow_stray(hook, rows, known, &batch);
+        if (status != MIEN_OK) {
+            fail(hook, status);
             return;
         }
-        hook->ids = grown;
-        hook->ids_size = (int32_t)n;
+        int32_t given = 0;
+        while (given < rows && batch.positions[given] < hook->now[0].reply_from) given++;
+        note_stray(hook, known ? known[0] : -1, rows, given);
+        if (!same) {
+            static const mien_order as_it_stands[MIEN_ORDERS] = {MIEN_ORDER_NONE, MIEN_ORDER_NONE};
+            status = mien_evaluation_begin(&hook->evaluation, &batch, hook->now, 1, hook->batching.n_ubatch, as_it_stands);
+            if (status != MIEN_OK) {
+                fail(hook, status);
+                return;
+            }
+            hook->by_row = pin_all(hook);
+            if (hook->by_row) mien_evaluation_graph(&hook->evaluation, 0, rows, NULL, NULL);
+        }
+    } else if (!same) {
+        leave_unsteered(hook);
     }
-    ggml->ggml_backend_tensor_get(ids, hook->ids, 0, (size_t)n * sizeof(int32_t));
-    hook->n_ids = (int32_t)n;
+    status = make_copies(hook);
+    if (status != MIEN_OK) fail(hook, status);
 }
 
 static void begin_graph(mien_hook *hook, int64_t rows) {
     hook->graph++;
     hook->tail.left = 0;
     if (!hook->in_scope) {
-        forget_graphs(hook);
-        unpin(hook);
-        lock(hook);
-        if (hook->alike)
-            pin(hook, hook->next[0].response);
-        else
-            hook->strays++;
-        unlock(hook);
+        begin_stray(hook, rows);
+        return;
     }
     hook->tokens_before += hook->graph_tokens;
-    hook->graph_tokens = rows;
+    hook->graph_tokens = hook->ids.n >= 0 ? hook->ids.n : rows;
     if (!hook->by_row) return;
-    const int32_t *ids = hook->n_ids >= 0 ? hook->ids : NULL;
-    if (ids) hook->graph_tokens = hook->n_ids;
-    hook->n_ids = -1;
-    if (!mien_evaluation_graph(&hook->evaluation, (int32_t)hook->tokens_before, (int32_t)hook->graph_tokens, ids))
+    const int32_t *ids = hook->ids.n >= 0 ? hook->ids.values : NULL;
+    if (!mien_evaluation_graph(&hook->evaluation, (int32_t)hook->tokens_before, (int32_t)hook->graph_tokens, ids,
+                               positions_of(hook, hook->graph_tokens)))
         fail(hook, MIEN_ERR_ROWS);
 }
 
@@ -388,9 +596,16 @@ static void begin_graph(mien_hook *hook, int64_t rows) {
  * begins the next micro-batch. */
 static void follow_graph(slot *here, int64_t rows) {
     mien_hook *hook = here->hook;
-    if (hook->last_layer < 0 || here->layer < hook->last_layer || here->graph == hook->graph) begin_graph(hook, rows);
+    if (hook->last_layer < 0 || here->layer < hook->last_layer || here->graph == hook->graph) {
+        begin_graph(hook, rows);
+        hook->between = false;
+    }
     hook->last_layer = here->layer;
     here->graph = hook->graph;
+    if (here->site == MIEN_SITE_RESIDUAL && here->layer == hook->n_layer - 1) { /* the last place of a graph */
+        forget_inputs(hook);
+        if (!hook->in_scope) hook->now[0].silent = !rows;
+    }
 }
 
 static bool on_ask(slot *here, ggml_tensor *t) {
@@ -489,8 +704,10 @@ static bool ask_named(mien_hook *hook, ggml_tensor *t, uint32_t sites) {
 
 static bool ask(mien_hook *hook, ggml_tensor *t) {
     const mien_layout *layout = &hook->layout;
-    uint32_t sites = RESIDUAL | hook->sites;
-    if (!hook->in_scope) sites |= atomic_load_explicit(&hook->next_sites, memory_order_relaxed);
+    /* Its places may come before those of the residual stream. On an error the same comes up when the graph begins. */
+    if (!hook->in_scope && hook->between) (void)take_setting(hook);
+    const uint32_t sites =
+        RESIDUAL | (hook->in_scope || !hook->between ? hook->sites : hook->current ? hook->current->sites : 0);
     if (layout->image_size) {
         const int32_t op = mien_int_at(t, layout->op);
         if (hook->tail.left && mien_pointer_at(t, layout->sources) == hook->tail.node) {
@@ -506,9 +723,8 @@ static bool ask(mien_hook *hook, ggml_tensor *t) {
                 hook->tail.left = here->tail;
             }
         }
-        if (op == layout->op_gather && hook->in_scope && hook->by_row &&
-            mien_evaluation_needs_ids(&hook->evaluation))
-            read_ids(hook, t);
+        if ((op == layout->op_gather || (op == layout->op_rotate && hook->between)) && needs_inputs(hook))
+            read_inputs(hook, t);
         if (op > 0 && (size_t)op < sizeof layout->never / sizeof(bool) && layout->never[op]) return false;
     }
     return ask_named(hook, t, sites);
@@ -549,27 +765,23 @@ bool mien_hook_eval(void *tensor, bool asked, void *user_data) {
 
 /* ---- life --------------------------------------------------------------------------------------- */
 
-static void release_sequence(mien_sequence *sequence) {
-    mien_program_release(sequence->prompt);
-    mien_program_release(sequence->response);
-    mien_memory_release(sequence->memory);
-    sequence->prompt = sequence->response = NULL;
-    sequence->memory = NULL;
-}
-
 static void leave_scope(mien_hook *hook) {
-    for (int32_t i = 0; i < hook->batching.n_sequences; i++) release_sequence(&hook->now[i]);
     unpin(hook);
     hook->in_scope = hook->by_row = false;
     hook->last_layer = -1;
+    forget_inputs(hook);
 }
 
 static void free_sequences(mien_hook *hook) {
     leave_scope(hook);
-    for (int32_t i = 0; i < hook->batching.n_sequences; i++) release_sequence(&hook->next[i]);
-    free(hook->next);
+    free_setting(atomic_exchange_explicit(&hook->mailbox, NULL, memory_order_acquire));
+    free_setting(hook->current);
+    hook->current = NULL;
+    for (int32_t i = 0; hook->now && i < hook->batching.n_sequences; i++) mien_memory_release(hook->now[i].memory);
     free(hook->now);
     free(hook->pinned);
+    hook->now = NULL;
+    hook->pinned = NULL;
 }
 
 static void init_slots(mien_hook *hook) {
@@ -616,8 +828,8 @@ mien_status mien_hook_new(mien_hook **out, void *const *symbols, int32_t n_layer
     }
     hook->n_layer = n_layer;
     hook->n_embd = n_embd;
-    atomic_flag_clear(&hook->lock);
-    atomic_init(&hook->next_sites, 0);
+    hook->n_threads = 1;
+    atomic_init(&hook->mailbox, NULL);
     init_slots(hook);
     forget_graphs(hook);
     static const mien_batching one_sequence = {1, 1, {MIEN_ORDER_NONE, MIEN_ORDER_NONE}};
@@ -639,7 +851,9 @@ void mien_hook_free(mien_hook *hook) {
     mien_evaluation_free(&hook->evaluation);
     mien_probe_release(hook->watch.probe);
     free(hook->weights);
-    free(hook->ids);
+    free(hook->ids.values);
+    free(hook->positions.values);
+    free(hook->copies);
     free(hook->nodes);
     free(hook->scratch);
     free(hook);
@@ -648,21 +862,17 @@ void mien_hook_free(mien_hook *hook) {
 mien_status mien_hook_set_batching(mien_hook *hook, const mien_batch_layout *layout, const mien_batching *batching) {
     const int32_t n = batching->n_sequences;
     if (n <= 0 || n > INT32_MAX / 2 || batching->n_ubatch <= 0) return MIEN_ERR_SHAPE;
-    mien_sequence *next = calloc((size_t)n, sizeof *next), *now = calloc((size_t)n, sizeof *now);
+    mien_sequence *now = calloc((size_t)n, sizeof *now);
     mien_program **pinned = calloc(2 * (size_t)n, sizeof(mien_program *));
-    if (!next || !now || !pinned) {
-        free(next);
+    if (!now || !pinned) {
         free(now);
         free(pinned);
         return MIEN_ERR_MEMORY;
     }
     for (int32_t i = 0; i < n; i++) now[i].reply_from = INT32_MAX;
     free_sequences(hook);
-    hook->next = next;
     hook->now = now;
     hook->pinned = pinned;
-    hook->alike = true;
-    atomic_store(&hook->next_sites, 0);
     hook->fields = *layout;
     hook->batching = *batching;
     return MIEN_OK;
@@ -732,54 +942,28 @@ static mien_status check_program(mien_hook *hook, const mien_program *program) {
     return MIEN_OK;
 }
 
-/* In `hook->next`, which is locked. */
-static void note_next(mien_hook *hook) {
-    uint32_t sites = 0;
-    hook->alike = true;
-    for (int32_t i = 0; i < hook->batching.n_sequences; i++) {
-        const mien_sequence *sequence = &hook->next[i];
-        hook->alike = hook->alike && sequence->prompt == hook->next[0].prompt &&
-                      sequence->response == hook->next[0].response;
-        if (i && sequence->prompt == sequence[-1].prompt && sequence->response == sequence[-1].response) continue;
-        sites |= sites_of(sequence->prompt) | sites_of(sequence->response);
+mien_status mien_hook_swap(mien_hook *hook, const mien_acting *acting, int32_t count, uint64_t id) {
+    if (count != 1 && count != hook->batching.n_sequences) return MIEN_ERR_ROWS;
+    for (int32_t i = 0; i < count; i++) {
+        const mien_acting *one = &acting[i];
+        if (i && one->prompt == acting[i - 1].prompt && one->response == acting[i - 1].response) continue;
+        mien_status status = check_program(hook, one->prompt);
+        if (status == MIEN_OK && one->response != one->prompt) status = check_program(hook, one->response);
+        if (status != MIEN_OK) return status;
     }
-    atomic_store_explicit(&hook->next_sites, sites, memory_order_relaxed);
+    setting *made = new_setting(acting, count, id);
+    if (!made) return MIEN_ERR_MEMORY;
+    free_setting(atomic_exchange_explicit(&hook->mailbox, made, memory_order_acq_rel)); /* nobody took that one */
+    return MIEN_OK;
 }
 
-mien_status mien_hook_swap(mien_hook *hook, int32_t sequence, mien_program *prompt, mien_program *response) {
-    const int32_t n = hook->batching.n_sequences;
-    if (sequence < -1 || sequence >= n) return MIEN_ERR_ROWS;
-    mien_status status = check_program(hook, prompt);
-    if (status == MIEN_OK && response != prompt) status = check_program(hook, response);
-    if (status != MIEN_OK) return status;
-    const int32_t first = sequence < 0 ? 0 : sequence, last = sequence < 0 ? n : sequence + 1;
-    mien_sequence *made = NULL; /* what there was goes out of it once the lock is free */
-    if (!(made = calloc((size_t)(last - first), sizeof *made))) return MIEN_ERR_MEMORY;
-    for (int32_t i = 0; i < last - first; i++) {
-        made[i].prompt = mien_program_retain(prompt);
-        made[i].response = mien_program_retain(response);
-        if (mien_program_remembers(response) && mien_memory_new(&made[i].memory, response) != MIEN_OK)
-            status = MIEN_ERR_MEMORY;
-    }
-    if (status == MIEN_OK) {
-        lock(hook);
-        for (int32_t i = first; i < last; i++) {
-            const mien_sequence old = hook->next[i];
-            hook->next[i] = made[i - first];
-            made[i - first] = old;
-        }
-        note_next(hook);
-        unlock(hook);
-    }
-    for (int32_t i = 0; i < last - first; i++) release_sequence(&made[i]);
-    free(made);
-    return status;
-}
+uint64_t mien_hook_acted(const mien_hook *hook) { return hook->current ? hook->current->id : 0; }
 
 void mien_hook_tell_reply(mien_hook *hook, int32_t sequence, int32_t position) {
     if (sequence < 0 || sequence >= hook->batching.n_sequences) return;
     mien_sequence *now = &hook->now[sequence];
     now->told = position >= 0;
+    now->replied = 0;
     if (position >= 0) now->reply_from = position;
 }
 
@@ -804,26 +988,26 @@ void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int3
     hook->now[sequence].next = next;
 }
 
+void mien_hook_rewind(mien_hook *hook, int32_t sequence, int32_t position) {
+    if (sequence < 0 || sequence >= hook->batching.n_sequences || hook->now[sequence].next <= position) return;
+    hook->now[sequence].next = position;
+    hook->now[sequence].silent = false;
+}
+
 mien_status mien_hook_begin_anew(mien_hook *hook, int32_t sequence) {
     if (sequence < 0 || sequence >= hook->batching.n_sequences) return MIEN_OK;
-    lock(hook);
-    mien_program *response = mien_program_retain(hook->next[sequence].response);
-    unlock(hook);
+    mien_status status = take_setting(hook);
+    mien_sequence *now = &hook->now[sequence];
     mien_memory *memory = NULL;
-    mien_status status = MIEN_OK;
-    if (mien_program_remembers(response)) status = mien_memory_new(&memory, response);
-    if (status == MIEN_OK) {
-        lock(hook);
-        if (hook->next[sequence].response == response) { /* else it has begun anew already */
-            mien_memory *old = hook->next[sequence].memory;
-            hook->next[sequence].memory = memory;
-            memory = old;
-        }
-        unlock(hook);
-    }
-    mien_memory_release(memory);
-    mien_program_release(response);
-    return status;
+    if (status == MIEN_OK && mien_program_remembers(now->response)) status = mien_memory_new(&memory, now->response);
+    if (status != MIEN_OK) return status;
+    mien_memory_release(now->memory);
+    now->memory = memory;
+    return MIEN_OK;
+}
+
+void mien_hook_threads(mien_hook *hook, int32_t n) {
+    if (n > hook->n_threads) hook->n_threads = n;
 }
 
 /* ---- a decode ----------------------------------------------------------------------------------- */
@@ -838,17 +1022,6 @@ static mien_batch batch_at(const mien_batch_layout *fields, uintptr_t address) {
     memcpy(&batch.sequences, at + fields->seq_id, sizeof batch.sequences);
     memcpy(&batch.outputs, at + fields->logits, sizeof batch.outputs);
     return batch;
-}
-
-/* What acts on each sequence goes from `next` to `now`, and is retained there. */
-static void take_next(mien_hook *hook) {
-    lock(hook);
-    for (int32_t i = 0; i < hook->batching.n_sequences; i++) {
-        hook->now[i].prompt = mien_program_retain(hook->next[i].prompt);
-        hook->now[i].response = mien_program_retain(hook->next[i].response);
-        hook->now[i].memory = mien_memory_retain(hook->next[i].memory);
-    }
-    unlock(hook);
 }
 
 /* Pin what acts on the batch's tokens. Returns whether that differs from token to token. */
@@ -867,19 +1040,25 @@ mien_status mien_hook_begin(mien_hook *hook, uintptr_t address) {
     const int32_t n = hook->batching.n_sequences;
     forget_graphs(hook);
     leave_scope(hook);
-    take_next(hook);
-    const mien_order orders[MIEN_ORDERS] = {(mien_order)hook->batching.orders[0],
-                                            (mien_order)hook->batching.orders[1]};
-    mien_status status = mien_batch_follow(&batch, hook->now, n, ++hook->serial);
+    hook->evaluation.n_tokens = 0;
+    mien_status status = take_setting(hook);
+    if (status != MIEN_OK) return status;
+    if (hook->watch.probe && (hook->watch.before || hook->watch.after) && batch.n_tokens > hook->watch.n_tokens)
+        return MIEN_ERR_SHAPE;
+    status = mien_batch_follow(&batch, hook->now, n, ++hook->serial, &hook->continued);
     if (status == MIEN_OK)
-        status = mien_evaluation_begin(&hook->evaluation, &batch, hook->now, n, hook->batching.n_ubatch, orders);
+        status = mien_evaluation_begin(&hook->evaluation, &batch, hook->now, n, hook->batching.n_ubatch,
+                                       hook->batching.orders);
+    if (status == MIEN_OK) {
+        const bool differs = pin_all(hook);
+        hook->by_row = differs || hook->capture.buffer || hook->watch.probe;
+        status = make_copies(hook);
+    }
     if (status != MIEN_OK) {
         hook->evaluation.n_tokens = 0;
         leave_scope(hook);
         return status;
     }
-    const bool differs = pin_all(hook);
-    hook->by_row = differs || hook->capture.buffer || hook->watch.probe;
     hook->in_scope = true;
     return MIEN_OK;
 }
@@ -898,7 +1077,16 @@ mien_status mien_hook_end(mien_hook *hook) {
     return status;
 }
 
-int64_t mien_hook_strays(const mien_hook *hook) { return hook->strays; }
+bool mien_hook_continued(const mien_hook *hook) { return hook->continued; }
+
+int64_t mien_hook_unsteered(const mien_hook *hook) { return hook->unsteered; }
+
+int32_t mien_hook_strays(mien_hook *hook, mien_stray *strays, int32_t room) {
+    const int32_t n = hook->n_strays;
+    for (int32_t i = 0; i < n && i < room; i++) strays[i] = hook->strays[i];
+    hook->n_strays = 0;
+    return n;
+}
 
 /* ---- what is read ------------------------------------------------------------------------------- */
 
@@ -913,26 +1101,25 @@ void mien_hook_capture(mien_hook *hook, float *buffer, const int32_t *layers, in
     hook->capture.count = count;
 }
 
-mien_status mien_hook_watch(mien_hook *hook, mien_probe *probe) {
+mien_status mien_hook_watch(mien_hook *hook, mien_probe *probe, float *before, float *after, int32_t n_tokens) {
     if (probe && (mien_probe_layers(probe) != hook->n_layer || mien_probe_width(probe) != hook->n_embd))
         return MIEN_ERR_SHAPE;
     mien_probe *old = hook->watch.probe;
     hook->watch.probe = mien_probe_retain(probe);
-    hook->watch.before = hook->watch.after = NULL;
+    hook->watch.before = probe ? before : NULL;
+    hook->watch.after = probe ? after : NULL;
+    hook->watch.n_tokens = n_tokens;
     mien_probe_release(old);
     return MIEN_OK;
 }
 
-void mien_hook_watch_into(mien_hook *hook, float *before, float *after) {
-    hook->watch.before = before;
-    hook->watch.after = after;
-}
-
-void mien_hook_count(mien_hook *hook, int64_t *counts, int32_t n_expert, int32_t used, const char *stem) {
-    hook->count.counts = strlen(stem) <= STEM_MAX ? counts : NULL;
+mien_status mien_hook_count(mien_hook *hook, int64_t *counts, int32_t n_expert, int32_t used, const char *stem) {
+    const bool fits = strlen(stem) <= STEM_MAX;
+    hook->count.counts = fits ? counts : NULL;
     hook->count.n_expert = n_expert;
     hook->count.used = used;
-    if (hook->count.counts) memcpy(hook->count.stem, stem, strlen(stem) + 1);
+    if (fits) memcpy(hook->count.stem, stem, strlen(stem) + 1);
+    return fits ? MIEN_OK : MIEN_ERR_SHAPE;
 }
 
 mien_applied mien_hook_applied(const mien_hook *hook, mien_site site, int32_t layer) {
@@ -943,9 +1130,10 @@ mien_applied mien_hook_applied(const mien_hook *hook, mien_site site, int32_t la
                           atomic_load_explicit(&here->moved, memory_order_relaxed), here->path, here->met};
 }
 
-void mien_hook_tokens(const mien_hook *hook, int32_t *sequences, int32_t *replies) {
-    for (int32_t t = 0; t < hook->evaluation.n_tokens; t++) {
+int32_t mien_hook_tokens(const mien_hook *hook, int32_t *sequences, int32_t *replies, int32_t room) {
+    for (int32_t t = 0; t < hook->evaluation.n_tokens && t < room; t++) {
         sequences[t] = hook->evaluation.tokens.sequence[t];
         replies[t] = hook->evaluation.tokens.what[t].reply;
     }
+    return hook->evaluation.n_tokens;
 }

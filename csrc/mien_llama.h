@@ -3,12 +3,13 @@
  * Built without llama.cpp's headers: see mien_ggml.h. One hook belongs to one llama_context; two hooks share
  * nothing.
  *
- * Threads: swap may be called from any thread at any time. Everything else belongs to the thread that calls
- * llama_decode on the context.
+ * Threads: swap may be called from any thread at any time, and never waits. Everything else belongs to the
+ * thread that calls llama_decode on the context, between two decodes.
  */
 #ifndef MIEN_LLAMA_H
 #define MIEN_LLAMA_H
 
+#include "mien_batch.h"
 #include "mien_program.h"
 
 /* cdef: begin */
@@ -37,8 +38,22 @@ typedef struct {
  * can't be kept to; see mien_order. */
 typedef struct {
     int32_t n_sequences, n_ubatch;
-    int32_t orders[2];
+    mien_order orders[2];
 } mien_batching;
+
+/* What acts on one sequence: on what it is given, and on its reply; NULL is nothing. Gates keep their state
+ * while `generation` stays the same. */
+typedef struct {
+    mien_program *prompt, *response;
+    uint64_t generation;
+} mien_acting;
+
+/* A graph that was evaluated outside of begin..end: where its tokens are (position -1: that could not be
+ * read), how many of them, from the first on, counted as given, and the id of what acted. */
+typedef struct {
+    int32_t position, rows, given;
+    uint64_t id;
+} mien_stray;
 
 /* The functions that the hook needs of the runtime's library, by name: i from 0 to count - 1. */
 size_t mien_hook_symbol_count(void);
@@ -80,11 +95,14 @@ mien_status mien_hook_locate(mien_hook *hook, mien_site site, int32_t layer, int
 
 /* ---- what acts ---- */
 
-/* What acts on `sequence` (-1: every one) in evaluations that begin from now on, on what it is given and on
- * its reply; NULL is nothing. The hook retains it. Nothing changes on an error: MIEN_ERR_SHAPE where one was
- * compiled for another n_layer or for rows of another width, MIEN_ERR_ROWS for a sequence that there is not,
- * MIEN_ERR_MEMORY. */
-mien_status mien_hook_swap(mien_hook *hook, int32_t sequence, mien_program *prompt, mien_program *response);
+/* What acts in evaluations that begin from now on: one for all sequences (count 1), or one for each (count
+ * n_sequences), in place of all that acted. The hook retains the programs. id: a number above 0 of the caller's,
+ * which mien_hook_acted gives back. Nothing changes on an error: MIEN_ERR_SHAPE if a program was compiled for
+ * another n_layer or for rows of another width, MIEN_ERR_ROWS for another count, MIEN_ERR_MEMORY. */
+mien_status mien_hook_swap(mien_hook *hook, const mien_acting *acting, int32_t count, uint64_t id);
+
+/* The id of what the last begin has pinned; 0 before any swap was met. */
+uint64_t mien_hook_acted(const mien_hook *hook);
 
 /* Tokens of `sequence` from `position` on are the reply, those before are given; -1: work it out from the
  * batches, see mien_batch_follow. */
@@ -101,17 +119,35 @@ int32_t mien_hook_next(const mien_hook *hook, int32_t sequence);
  * any position, and its next token comes at `next`. */
 void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int32_t next);
 
+/* What llama.cpp kept of `sequence` from `position` on is gone: its next token is looked for there, at most. */
+void mien_hook_rewind(mien_hook *hook, int32_t sequence, int32_t position);
+
 /* The gates of `sequence` remember nothing. Nothing changes on an error: MIEN_ERR_MEMORY. */
 mien_status mien_hook_begin_anew(mien_hook *hook, int32_t sequence);
 
+/* How many threads llama.cpp computes with, at most: each gets room to measure the shift of several operations
+ * together. */
+void mien_hook_threads(mien_hook *hook, int32_t n);
+
 /* Around one llama_decode. begin pins what acts for all of its micro-batches; batch: the address of the
  * llama_batch, which stays as it is until end. MIEN_ERR_ROWS: a token's sequence is none of the context's, or
- * it has several that are steered differently. end unpins and says whether everything asked for was done.
- * An evaluation outside of begin..end pins a graph at a time what acts on replies, without gates' memory and
- * without windows; where sequences are steered differently, nothing: mien_hook_strays counts such graphs. */
+ * it has several that are steered differently. MIEN_ERR_SHAPE: there is no room for the readouts of so many
+ * tokens. end unpins and says whether everything asked for was done. */
 mien_status mien_hook_begin(mien_hook *hook, uintptr_t batch);
 mien_status mien_hook_end(mien_hook *hook);
-int64_t mien_hook_strays(const mien_hook *hook);
+
+/* Whether in the last begin a reply that had begun continued with several tokens, which then count as given: a
+ * new turn, or drafts of which nobody told. */
+bool mien_hook_continued(const mien_hook *hook);
+
+/* An evaluation outside of begin..end (a picture's embeddings, somebody's own llama_decode) pins what acts a
+ * graph at a time. What it is given and what is its reply is worked out as for a batch, from the graph's inputs;
+ * embeddings are given. If that can't be known, because there are several sequences that are steered differently
+ * or tokens that must be counted, nothing acts, and mien_hook_unsteered counts the graph. mien_hook_strays takes
+ * out what was noted of all such graphs of one sequence since the last call: the first `room` of them are written.
+ * Returns how many there are, -1 if there were too many to note. */
+int64_t mien_hook_unsteered(const mien_hook *hook);
+int32_t mien_hook_strays(mien_hook *hook, mien_stray *strays, int32_t room);
 
 /* ---- what is read ---- */
 
@@ -121,21 +157,22 @@ int64_t mien_hook_strays(const mien_hook *hook);
 void mien_hook_capture(mien_hook *hook, float *buffer, const int32_t *layers, int32_t n_layers,
                        int32_t first, int32_t count);
 
-/* From now on read block outputs with `probe`, which is retained; NULL: no longer. Before each begin
- * mien_hook_watch_into says where: before and after are n_tokens x n_layer x (the probe's count) floats, in
- * which rows that are not computed are left as they were. MIEN_ERR_SHAPE: it is for another model. */
-mien_status mien_hook_watch(mien_hook *hook, mien_probe *probe);
-void mien_hook_watch_into(mien_hook *hook, float *before, float *after);
+/* For the decodes that begin from now on: read block outputs with `probe`, which is retained; NULL: no longer.
+ * before and after, either of which may be NULL, are n_tokens x n_layer x (the probe's count) floats, in which
+ * rows that are not computed are left as they were. MIEN_ERR_SHAPE: it is for another model. */
+mien_status mien_hook_watch(mien_hook *hook, mien_probe *probe, float *before, float *after, int32_t n_tokens);
 
-/* From now on count, at each layer that has experts, how often each is chosen: counts is n_layer x n_expert;
- * the first `used` of a row of the node "stem-layer" are a token's. NULL: no longer. */
-void mien_hook_count(mien_hook *hook, int64_t *counts, int32_t n_expert, int32_t used, const char *stem);
+/* For what is evaluated from now on: count, at each layer that has experts, how often each is chosen. counts is
+ * n_layer x n_expert; the first `used` of a row of the node "stem-layer" are a token's. NULL: no longer.
+ * MIEN_ERR_SHAPE: the stem is too long, and nothing is counted. */
+mien_status mien_hook_count(mien_hook *hook, int64_t *counts, int32_t n_expert, int32_t used, const char *stem);
 
 /* What happened at a place in the last begin..end. */
 mien_applied mien_hook_applied(const mien_hook *hook, mien_site site, int32_t layer);
 
-/* For each token of the last begin..end: its sequence, and its number in the reply, -1 for a given one. */
-void mien_hook_tokens(const mien_hook *hook, int32_t *sequences, int32_t *replies);
+/* For each of the first `room` tokens of the last begin..end: its sequence, and its number in the reply, -1 for a
+ * given one. Returns how many tokens there are. */
+int32_t mien_hook_tokens(const mien_hook *hook, int32_t *sequences, int32_t *replies, int32_t room);
 /* cdef: end */
 
 #endif

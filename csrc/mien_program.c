@@ -45,6 +45,7 @@ struct mien_program {
     int32_t n_layer;
     bool has[MIEN_SITES], counts;
     size_t n_remembered;
+    size_t copy;                /* see mien_program_copy */
     place *places;
     mien_gate *gates;
     opening *openings;
@@ -60,7 +61,26 @@ struct mien_memory {
     unsigned char *open;        /* capacity x n */
 };
 
-static bool folds(mien_op op) { return op >= MIEN_OP_SCALE; }
+/* In the order in which they act at a place. */
+static const mien_op acting_order[MIEN_OPS] = {MIEN_OP_ABLATE, MIEN_OP_CLAMP,         MIEN_OP_EDIT,   MIEN_OP_SCALE,
+                                               MIEN_OP_ADD,    MIEN_OP_ADD_KEEP_NORM, MIEN_OP_FORBID, MIEN_OP_FORCE};
+
+/* Whether terms of that operation add up to one. */
+static bool folds(mien_op op) {
+    switch (op) {
+        case MIEN_OP_ABLATE:
+        case MIEN_OP_CLAMP:
+        case MIEN_OP_EDIT:
+            return false;
+        case MIEN_OP_SCALE:
+        case MIEN_OP_ADD:
+        case MIEN_OP_ADD_KEEP_NORM:
+        case MIEN_OP_FORBID:
+        case MIEN_OP_FORCE:
+            return true;
+    }
+    return false;
+}
 
 static bool has_window(const mien_window *window) {
     return window->start || window->stop != INT32_MAX || window->ramp || isfinite(window->decay);
@@ -359,7 +379,7 @@ static mien_status make_place(mien_program *program, used *made, mien_site site,
             const group found = next_group(terms, n_terms, from);
             const mien_term *term = found.terms;
             from += found.n;
-            if ((int)term->op != i || term->site != site || !gates_read(term, program->gates, layer)) continue;
+            if (term->op != acting_order[i] || term->site != site || !gates_read(term, program->gates, layer)) continue;
             operation op = {0};
             const mien_status status = make_operation(program, made, &op, &found, layer, rows, coefficients);
             if (status == MIEN_ERR_LAYER) continue;
@@ -376,6 +396,7 @@ static mien_status make_place(mien_program *program, used *made, mien_site site,
             program->has[site] = true;
             program->counts = program->counts || has_window(&term->window);
         }
+    if (here->count > 1 && (size_t)here->width > program->copy) program->copy = (size_t)here->width;
     return MIEN_OK;
 }
 
@@ -435,10 +456,13 @@ static const place *find(const mien_program *program, mien_site site, int32_t la
     return here->count ? here : NULL;
 }
 
-int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t *layers) {
+int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t *layers, int32_t room) {
     int32_t found = 0;
     for (int32_t layer = 0; program && layer < program->n_layer; layer++)
-        if (find(program, site, layer)) layers[found++] = layer;
+        if (find(program, site, layer)) {
+            if (found < room) layers[found] = layer;
+            found++;
+        }
     return found;
 }
 
@@ -568,7 +592,7 @@ static mien_shift apply_row(const mien_program *program, const place *here, mien
 }
 
 mien_shift mien_program_apply(const mien_program *program, mien_site site, int32_t layer, float *rows,
-                              size_t n_rows, const mien_token *tokens) {
+                              size_t n_rows, const mien_token *tokens, float *copy) {
     static const mien_token of_prompt = {-1, NULL};
     const place *here = find(program, site, layer);
     mien_shift shift = {0, 0};
@@ -587,24 +611,30 @@ mien_shift mien_program_apply(const mien_program *program, mien_site site, int32
         }
         return shift;
     }
-    float *before = here->count > 1 ? malloc(n * sizeof *before) : NULL;
+    float *before = here->count > 1 ? copy : NULL;
     for (size_t r = 0; r < n_rows; r++) {
         const mien_shift one =
             apply_row(program, here, site, rows + r * n, tokens ? &tokens[r] : &of_prompt, before);
         shift.squared += one.squared;
         shift.rows += one.rows;
     }
-    free(before);
     return shift;
 }
 
+size_t mien_program_copy(const mien_program *program) { return program ? program->copy : 0; }
+
 mien_shift mien_program_apply_at(const mien_program *program, mien_site site, int32_t layer, uintptr_t rows,
                                  size_t n_rows, uintptr_t tokens) {
-    return mien_program_apply(program, site, layer, (float *)rows, n_rows, (const mien_token *)tokens);
+    const place *here = find(program, site, layer);
+    float *copy = here && here->count > 1 ? malloc((size_t)here->width * sizeof *copy) : NULL;
+    const mien_shift shift =
+        mien_program_apply(program, site, layer, (float *)rows, n_rows, (const mien_token *)tokens, copy);
+    free(copy);
+    return shift;
 }
 
 double mien_program_steer_at(const mien_program *program, int32_t layer, uintptr_t rows, size_t n_rows) {
-    return mien_program_apply(program, MIEN_SITE_RESIDUAL, layer, (float *)rows, n_rows, NULL).squared;
+    return mien_program_apply_at(program, MIEN_SITE_RESIDUAL, layer, rows, n_rows, 0).squared;
 }
 
 /* ---- what gates remember ------------------------------------------------------------------------ */

@@ -122,9 +122,9 @@ mien_status mien_program_new(mien_program **out, int32_t n_layer, const mien_ter
 mien_program *mien_program_retain(mien_program *program);
 void mien_program_release(mien_program *program);
 
-/* The layers with an operation at `site`, ascending, written to `layers` (room for n_layer).
- * Returns how many. */
-int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t *layers);
+/* The layers with an operation at `site`, ascending: the first `room` of them are written to `layers`.
+ * Returns how many there are. */
+int32_t mien_program_layers(const mien_program *program, mien_site site, int32_t *layers, int32_t room);
 
 /* How many floats a row has at (site, layer); 0 where the program does nothing there. */
 int32_t mien_program_width(const mien_program *program, mien_site site, int32_t layer);
@@ -134,13 +134,18 @@ int32_t mien_program_width(const mien_program *program, mien_site site, int32_t 
 const float *mien_program_direction(const mien_program *program, mien_site site, int32_t layer, mien_op op);
 
 /* Apply what the program does at (site, layer) to `n_rows` contiguous rows, in place. tokens: n_rows, those
- * of one sequence in their order; NULL: all of a prompt. Where several operations act and there is no
- * memory for a copy of a row, the shift is that of the operations one by one. */
+ * of one sequence in their order; NULL: all of a prompt. copy: room for mien_program_copy floats, which no
+ * other thread uses meanwhile, to measure the shift of several operations together; NULL: the shift is the sum
+ * of theirs one by one. Allocates nothing. */
 mien_shift mien_program_apply(const mien_program *program, mien_site site, int32_t layer, float *rows,
-                              size_t n_rows, const mien_token *tokens);
+                              size_t n_rows, const mien_token *tokens, float *copy);
 
-/* The same on rows and tokens that the caller has as addresses: a caller in Python saves itself the making
- * of pointers. */
+/* The width of the widest place where several operations act one after another; 0 if there is none. */
+size_t mien_program_copy(const mien_program *program);
+
+/* mien_program_apply on rows and tokens that the caller has as addresses: a caller in Python saves itself the
+ * making of pointers. Room for a copy is allocated; if there is no memory for it, the shift is that of the
+ * operations one by one. */
 mien_shift mien_program_apply_at(const mien_program *program, mien_site site, int32_t layer, uintptr_t rows,
                                  size_t n_rows, uintptr_t tokens);
 

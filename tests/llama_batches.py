@@ -11,7 +11,7 @@ import llama_cpp.llama_cpp as api
 import mien
 import numpy as np
 from llama_cpp._logger import set_verbose
-from mien.vector import Floats
+from mien.vector import Floats, Vector
 
 MOST = 256  # tokens of a batch
 
@@ -77,7 +77,7 @@ class Contexts:
 
     def free(self, context: Any) -> None:
         self.made.remove(context)
-        api.llama_free(context)
+        mien.free(context)
 
     def free_all(self) -> None:
         for context in list(self.made):
@@ -135,6 +135,15 @@ def differing(a: Logits, b: Logits) -> list[tuple[int, int]]:
     """The tokens whose logits are not the same bits."""
     assert a.keys() == b.keys()
     return [key for key in sorted(a) if not np.array_equal(a[key], b[key])]
+
+
+def own_control_vector(context: Any, vector: Vector, n_layer: int) -> None:
+    """Set it through llama.cpp's own call, with a row for every layer so that none is stale."""
+    rows = np.zeros((n_layer - 1, vector.width), dtype=np.float32)
+    for layer, row in vector.directions.items():
+        rows[layer - 1] = row
+    data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    assert api.llama_set_adapter_cvec(context, data, rows.size, vector.width, 1, n_layer - 1) == 0
 
 
 def pointer_of(context: Any) -> int:

@@ -855,13 +855,52 @@ class Named:
         return self.vectors[name]
 
 
-def test_attaching_twice_is_refused_and_changes_nothing(load: Callable[..., Any]) -> None:
+def test_attaching_twice_is_attaching_once(load: Callable[..., Any]) -> None:
+    """As when a notebook's cell runs twice: the dose is the same, and the handle is."""
     llm = load()
     steering = mien.attach(llm)
-    with pytest.raises(mien.RuntimeNotSupported, match="attached already"):
-        mien.attach(llm)
+    steering.set(make_vector())
+    once = prefill_and_decode(llm)
+    assert mien.attach(llm) is steering
+    llm.reset()
+    assert same(prefill_and_decode(llm), once)
+    for options in ({"path": "post-compute"}, {"mix_cache": True}, {"registry": mien.Registry()}):
+        with pytest.raises(
+            mien.RuntimeNotSupported, match=f"attached already, with another {next(iter(options))}"
+        ):
+            mien.attach(llm, **options)
+    assert steering.recipe != mien.Recipe()
     steering.detach()
-    mien.attach(llm)
+    assert mien.attach(llm) is not steering
+
+
+def test_a_handle_that_was_dropped_can_be_had_again(load: Callable[..., Any]) -> None:
+    llm = load()
+    plain = prefill_and_decode(llm)
+    assert mien.steering_of(llm) is None
+    mien.attach(llm).set(make_vector())
+    gc.collect()
+    found = mien.steering_of(llm)
+    assert found is not None
+    assert found is mien.steering_of(llm._ctx)
+    assert found.recipe != mien.Recipe()
+    mien.detach(llm)
+    assert mien.steering_of(llm) is None
+    assert type(llm) is llama_cpp.Llama
+    assert same(prefill_and_decode(llm), plain)
+    mien.detach(llm)  # nothing to do
+
+
+def test_a_llama_and_its_context_are_not_attached_both(load: Callable[..., Any]) -> None:
+    llm = load()
+    mien.attach(llm._ctx)
+    with pytest.raises(mien.RuntimeNotSupported, match="attached already, with another type"):
+        mien.attach(llm)
+    mien.detach(llm)
+    steering = mien.attach(llm)
+    with pytest.raises(mien.RuntimeNotSupported, match="attached already, with another type"):
+        mien.attach(llm._ctx)
+    steering.detach()
 
 
 def test_a_closed_model_is_refused(load: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -503,16 +504,31 @@ def test_nothing_set_cleared_or_detached_is_bit_identical_to_plain(contexts: Con
 def test_a_context_is_attached_to_once_at_a_time(contexts: Contexts) -> None:
     context = contexts.make(2)
     steering = attach(context)
-    for again in (context, pointer_of(context), ctypes.c_void_p(pointer_of(context))):
-        with pytest.raises(mien.RuntimeNotSupported, match="attached already"):
-            attach(again)
     steering.set("a")
+    for again in (context, pointer_of(context), ctypes.c_void_p(pointer_of(context))):
+        assert mien.steering_of(again) is steering
+    assert attach(context) is steering
     steering.detach()
+    assert mien.steering_of(context) is None
     assert str(attach(pointer_of(context)).recipe) == ""
 
 
-def test_nothing_of_a_steering_that_was_dropped_is_left_for_the_next(contexts: Contexts) -> None:
-    """It was not detached: its program, the reply it told and its strays must not be found again."""
+def test_a_freed_context_takes_its_hook_along(contexts: Contexts) -> None:
+    context = contexts.make(2)
+    steering = attach(context)
+    steering.set("a")
+    hook = weakref.ref(steering._runtime.hook)
+    contexts.free(context)
+    assert mien.steering_of(context) is None
+    with pytest.raises(mien.RuntimeNotSupported, match="closed"):
+        steering.set("a")
+    del steering
+    gc.collect()
+    assert hook() is None
+
+
+def test_nothing_of_a_steering_that_was_detached_is_left_for_the_next(contexts: Contexts) -> None:
+    """Its program, the reply it told and its strays must not be found again."""
     context, plain = contexts.make(2), contexts.make(2, hooked=False)
     steering = attach(context)
     steering.reply_from(1)
@@ -520,8 +536,7 @@ def test_nothing_of_a_steering_that_was_dropped_is_left_for_the_next(contexts: C
     rows = batches_alone(1)[0]
     evaluate(context, None, rows)
     clear(context)
-    del steering
-    gc.collect()
+    mien.detach(context)
     steering = attach(context)
     assert steering.applied.layers == {}
     assert differing(evaluate(context, steering.decode, rows), evaluate(plain, None, rows)) == []
@@ -551,7 +566,8 @@ def test_a_context_made_anew_at_the_same_address_is_another(
         steering.set(RECIPES[i % 2 * 2])
         found = evaluate_all(context, steering.decode, batches_alone(0))
         assert differing(found, alone[i % 2 * 2, 0]) == []
-        contexts.free(context)  # and the Steering stays attached to what is no more
+        contexts.made.remove(context)
+        api.llama_free(context)  # and the Steering stays attached to what is no more
     assert len(set(addresses)) < len(addresses)
 
 
@@ -647,8 +663,7 @@ def test_a_llama_context_is_attached_to_and_left_as_it_was(
     evaluate(wrapper.ctx, None, [Row(t, i, (3,)) for i, t in enumerate(TEXT[3][:6])])
     steering = mien.attach(wrapper, registry=REGISTRY)
     assert api.llama_memory_seq_pos_max(api.llama_get_memory(wrapper.ctx), 3) == 5  # what it held is there
-    with pytest.raises(mien.RuntimeNotSupported, match="attached already"):
-        mien.attach(wrapper)
+    assert mien.attach(wrapper, registry=REGISTRY) is steering
     wrapper.kv_cache_clear()
     steering.set(RECIPES)
     found = evaluate_all(wrapper.ctx, steering.decode, batches("descending"))

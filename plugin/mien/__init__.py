@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import (
         MienError,
+        MienWarning,
         MissingExtra,
         ModelMismatch,
         ModelNotFound,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .pack import Pack
     from .recipe import Recipe, parse
     from .registry import Registry, load, packs
-    from .runtimes import attach, init_from_model
+    from .runtimes import attach, detach, free, init_from_model, steering_of
     from .sites import of_experts, of_heads, of_neurons
     from .steering import Applied, Steering
     from .vector import Vector
@@ -40,7 +41,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attach": "runtimes",
+    "detach": "runtimes",
+    "free": "runtimes",
     "init_from_model": "runtimes",
+    "steering_of": "runtimes",
     "extract": "extraction",
     "Fingerprint": "fingerprint",
     "Pack": "pack",
@@ -56,6 +60,7 @@ _HOME = {
     "Steering": "steering",
     "Vector": "vector",
     "MienError": "errors",
+    "MienWarning": "errors",
     "MissingExtra": "errors",
     "ModelMismatch": "errors",
     "ModelNotFound": "errors",
@@ -73,6 +78,7 @@ __all__ = [
     "Applied",
     "Fingerprint",
     "MienError",
+    "MienWarning",
     "MissingExtra",
     "ModelMismatch",
     "ModelNotFound",
@@ -91,7 +97,9 @@ __all__ = [
     "VectorFileError",
     "__version__",
     "attach",
+    "detach",
     "extract",
+    "free",
     "init_from_model",
     "load",
     "of_experts",
@@ -99,6 +107,7 @@ __all__ = [
     "of_neurons",
     "packs",
     "parse",
+    "steering_of",
 ]
 
 

@@ -5,9 +5,10 @@ Keeps buffers alive for as long as C may read them, and turns status codes into 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,9 @@ PATHS: dict[str, int] = {
     "post-compute": lib.MIEN_PATH_POST,
 }
 # How llama.cpp cuts a batch of several sequences: see mien_batch.h.
-ORDERS: dict[str, int] = {"simple": 1, "equal": 2, "sequential": 3}
+ORDERS: dict[str, int] = {
+    name: getattr(lib, f"MIEN_ORDER_{name.upper()}") for name in ("none", "simple", "equal", "sequential")
+}
 PATH_NAMES = {number: name for name, number in PATHS.items()}
 
 # The bare ValueErrors can only come from a bug in mien: everything above checks first.
@@ -151,7 +154,7 @@ class CompiledProgram:
         out = ffi.new("int32_t[]", self.n_layer)
         found = {}
         for site, number in _SITES.items():
-            if count := lib.mien_program_layers(self.handle, number, out):
+            if count := lib.mien_program_layers(self.handle, number, out, self.n_layer):
                 found[site] = tuple(out[0:count])
         return found
 
@@ -159,6 +162,11 @@ class CompiledProgram:
     def layers(self) -> list[int]:
         """The layers that it acts on at the residual stream, ascending."""
         return list(self.places.get("residual", ()))
+
+    @cached_property
+    def stacks(self) -> bool:
+        """Whether several operations act one after another at any place."""
+        return bool(lib.mien_program_copy(self.handle))
 
     def width(self, site: str, layer: int) -> int:
         """How many floats a row has there, 0 where it does nothing."""
@@ -187,10 +195,9 @@ class CompiledProgram:
             raise ValueError(f"expected float32 rows of {width}, got {rows.dtype} {rows.shape}")
         if tokens is not None and len(tokens.array) < len(rows):
             raise ValueError(f"expected {len(rows)} tokens, got {len(tokens.array)}")
-        data = ffi.from_buffer("float[]", rows, require_writable=True)
-        said = tokens.array if tokens is not None else ffi.NULL
-        shift = lib.mien_program_apply(self.handle, _SITES[site], layer, data, len(rows), said)
-        return shift.squared, shift.rows
+        ffi.from_buffer(rows, require_writable=True)
+        said = tokens.address() if tokens is not None else 0
+        return apply_tokens_at(self, site, layer, rows.ctypes.data, len(rows), said)
 
 
 # CompiledProgram.apply on memory that somebody else owns, at the residual stream of a prompt:
@@ -326,6 +333,32 @@ def symbols() -> list[str]:
     return [ffi.string(lib.mien_hook_symbol(i)).decode() for i in range(count)]
 
 
+Acting: TypeAlias = "tuple[CompiledProgram | None, CompiledProgram | None, int]"
+_STRAYS = 64
+
+
+class SettingLike(Protocol):
+    """What acts on each sequence of a context: on what it is given, on its reply, and a generation.
+
+    One for all sequences, or one for each. Gates keep their state while the generation stays the same.
+    """
+
+    @property
+    def acting(self) -> Sequence[Acting]: ...
+
+
+class Stray(NamedTuple):
+    """Tokens that llama.cpp evaluated without a decode of ours: see mien_stray.
+
+    position: of the first, -1 if it could not be read. given: so many from the first on are no reply's.
+    """
+
+    position: int
+    rows: int
+    given: int
+    setting: SettingLike | None
+
+
 class Hook:
     """The llama.cpp hook of one context.
 
@@ -345,6 +378,11 @@ class Hook:
             )
         self._capture: list[Any] = []  # buffers that C may write into until the next end
         self._counts: list[Any] = []
+        self.setting: SettingLike | None = None
+        self._swapping = threading.Lock()
+        self._numbers = 0
+        self._strays = ffi.new("mien_stray[]", _STRAYS)
+        self._settings: dict[int, SettingLike] = {}  # by number, those that may act or have acted last
 
     @property
     def path(self) -> str:
@@ -376,8 +414,8 @@ class Hook:
         then what is done where that can't be kept to.
         """
         layout = ffi.new("mien_batch_layout *", dict(fields))
-        numbers = [ORDERS[order] for order in orders]
-        batching = ffi.new("mien_batching *", (n_sequences, n_ubatch, [*numbers, 0][:2]))
+        numbers = [ORDERS[order] for order in [*orders, "none"]]
+        batching = ffi.new("mien_batching *", (n_sequences, n_ubatch, numbers[:2]))
         check(lib.mien_hook_set_batching(self._hook, layout, batching))
 
     def scout(self) -> None:
@@ -404,12 +442,38 @@ class Hook:
 
     # ---- what acts ----
 
-    def swap(
-        self, prompt: CompiledProgram | None, response: CompiledProgram | None, sequence: int = -1
-    ) -> None:
-        """What acts on a sequence, or on all, in evaluations that begin from now on. Any thread, any time."""
-        handles = (program.handle if program else ffi.NULL for program in (prompt, response))
-        check(lib.mien_hook_swap(self._hook, sequence, *handles))
+    def swap(self, setting: SettingLike, expected: SettingLike | None) -> bool:
+        """Have `setting` act in evaluations that begin from now on, if `expected` is what was swapped in
+        last.
+
+        Any thread, any time. Returns whether it did: if another thread was first, nothing has changed. What
+        was swapped in last is `setting`, and what the last decode went by `acted`: there is no other record.
+        """
+        acting = ffi.new("mien_acting[]", len(setting.acting))
+        for one, (prompt, response, generation) in zip(acting, setting.acting):
+            one.prompt = prompt.handle if prompt else ffi.NULL
+            one.response = response.handle if response else ffi.NULL
+            one.generation = generation
+        with self._swapping:
+            if self.setting is not expected:
+                return False
+            number = self._numbers + 1
+            check(lib.mien_hook_swap(self._hook, acting, len(setting.acting), number))
+            self._numbers, self.setting = number, setting
+            self._settings[number] = setting
+        return True
+
+    @property
+    def acted(self) -> SettingLike | None:
+        """What the last `begin`, or graph outside of begin and end, went by; None before there was any."""
+        return self._settings.get(lib.mien_hook_acted(self._hook))
+
+    def _forget_older(self) -> None:
+        """Settings before the one that acts can't act any more."""
+        number = lib.mien_hook_acted(self._hook)
+        with self._swapping:
+            for older in [other for other in self._settings if other < number]:
+                del self._settings[older]
 
     def tell_reply(self, sequence: int, position: int) -> None:
         """From which position on tokens are the reply; -1: work it out from the batches."""
@@ -431,22 +495,49 @@ class Hook:
         """What the runtime keeps of it was moved, or loaded: see mien_hook_place."""
         lib.mien_hook_place(self._hook, sequence, reply, next)
 
+    def rewind(self, sequence: int, position: int) -> None:
+        """What the runtime kept of it from `position` on is gone."""
+        lib.mien_hook_rewind(self._hook, sequence, position)
+
     def begin_anew(self, sequence: int) -> None:
         """Its gates remember nothing."""
         check(lib.mien_hook_begin_anew(self._hook, sequence))
 
     def begin(self, batch: int) -> int:
         """Before a decode of the llama_batch at that address: the status, for `check`."""
-        return cast(int, lib.mien_hook_begin(self._hook, batch))
+        status = cast(int, lib.mien_hook_begin(self._hook, batch))
+        if len(self._settings) > 1:
+            self._forget_older()
+        return status
 
     def end(self) -> int:
         """After a decode: the status, for `check`."""
         return cast(int, lib.mien_hook_end(self._hook))
 
+    def threads(self, count: int) -> None:
+        """How many threads llama.cpp computes with, at most."""
+        lib.mien_hook_threads(self._hook, count)
+
     @property
-    def strays(self) -> int:
+    def continued(self) -> bool:
+        """Whether a reply continued with several tokens in the last decode, without being told."""
+        return cast(bool, lib.mien_hook_continued(self._hook))
+
+    @property
+    def unsteered(self) -> int:
         """How many graphs ran outside of begin and end that could not be steered."""
-        return cast(int, lib.mien_hook_strays(self._hook))
+        return cast(int, lib.mien_hook_unsteered(self._hook))
+
+    def strays(self) -> list[Stray] | None:
+        """What was evaluated outside of begin and end since the last call; None if too much to note."""
+        out = self._strays  # not made here: this runs once a token
+        count = lib.mien_hook_strays(self._hook, out, _STRAYS)
+        if not count:
+            return []
+        if count < 0:
+            return None
+        known = self._settings.get
+        return [Stray(one.position, one.rows, one.given, known(one.id)) for one in out[0:count]]
 
     # ---- what is read ----
 
@@ -467,27 +558,28 @@ class Hook:
         lib.mien_hook_capture(self._hook, ffi.NULL, ffi.NULL, 0, 0, 0)
         self._capture = []
 
-    def watch(self, probe: Probe | None) -> None:
-        """Read block outputs with `probe` from the next decode on."""
-        check(lib.mien_hook_watch(self._hook, probe.handle if probe else ffi.NULL))
+    def watch(self, probe: Probe | None, before: int = 0, after: int = 0, count: int = 0) -> None:
+        """Read block outputs with `probe` in the decodes that begin from now on.
 
-    def watch_into(self, before: int, after: int) -> None:
-        """Where the next decode's readouts go: addresses of float32 (tokens, n_layer, vectors)."""
+        before, after: addresses of float32 (count, n_layer, vectors), for decodes of at most `count` tokens;
+        whoever calls keeps them until something else is read.
+        """
         pointers = (ffi.cast("float *", address) for address in (before, after))
-        lib.mien_hook_watch_into(self._hook, *pointers)
+        handle = probe.handle if probe else ffi.NULL
+        check(lib.mien_hook_watch(self._hook, handle, *pointers, count))
 
     def tokens(self, count: int) -> tuple[list[int], list[int]]:
         """Of a decode that was watched: each token's sequence, and its number in the reply or -1."""
         sequences, replies = ffi.new("int32_t[]", count), ffi.new("int32_t[]", count)
-        lib.mien_hook_tokens(self._hook, sequences, replies)
-        return list(sequences), list(replies)
+        count = min(lib.mien_hook_tokens(self._hook, sequences, replies, count), count)
+        return list(sequences[0:count]), list(replies[0:count])
 
     def count(self, counts: npt.NDArray[np.int64] | None, used: int = 0, stem: str = "") -> None:
         """Count in `counts`, int64 (n_layer, n_expert), how often each expert is chosen; None: no longer."""
-        self._counts = [counts]
         data = ffi.NULL if counts is None else ffi.from_buffer("int64_t[]", counts, require_writable=True)
         n_expert = 0 if counts is None else counts.shape[1]
-        lib.mien_hook_count(self._hook, data, n_expert, used, stem.encode())
+        check(lib.mien_hook_count(self._hook, data, n_expert, used, stem.encode()))
+        self._counts = [counts, data]  # only now: C may have written into the others up to here
 
     def applied(self, site: str, layer: int) -> tuple[int, float, str, bool]:
         """(rows changed, sum of their squared shifts, path, whether the place was met)."""

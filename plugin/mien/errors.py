@@ -23,6 +23,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class MienWarning(UserWarning):
+    """Something that is allowed and probably not meant."""
+
+
 class MienError(Exception):
     """Base of every error meant for a user. `exit_code` is what the command line returns."""
 

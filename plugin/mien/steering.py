@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class Applied:
 class Runtime(Protocol):
     """What a runtime module provides: delivery of a model's activations to programs."""
 
+    steering: Steering | None  # the handle on it
     fingerprint: Fingerprint
     takes_rows: bool  # whether each row, or sequence, of a batch can have a program of its own
     turn: int  # the number of the reply in a chat, from 1, that windows by turn go by
@@ -86,10 +88,15 @@ class Runtime(Protocol):
     def width(self, site: str, layer: int) -> int:
         """How many floats a row has there. Raises SiteNotFound where the model has no such place."""
 
-    def swap(self, program: Programs) -> None:
-        """Make `program` the one for evaluations from now on. Cheap, atomic, from any thread.
+    @property
+    def setting(self) -> Programs:
+        """What was swapped in last, the one record of what is set."""
 
-        A tuple, one for each row or sequence of a batch, comes only to a runtime that takes rows.
+    def swap(self, programs: Programs, expected: Programs | None = None) -> bool:
+        """Make `programs` those for evaluations from now on. Cheap, atomic, from any thread.
+
+        A tuple, one for each row or sequence of a batch, comes only to a runtime that takes rows. expected:
+        only if that very object is what is set. Returns whether it did.
         """
 
     def watch(self, watch: Watch | None) -> None:
@@ -135,6 +142,13 @@ class Experts(Protocol):
         """{layer: how often each expert was chosen for a token}."""
 
 
+@dataclass(eq=False)
+class _Scope:
+    """A `with` block that is open. before: what acts once neither it nor a later one is."""
+
+    before: Programs
+
+
 class Steering:
     """Steers one attached model.
 
@@ -152,8 +166,11 @@ class Steering:
         self._runtime: Runtime | None = runtime
         self._registry = registry or Registry()
         self._found: dict[str, Vector] = {}
-        self._programs: Programs = NOTHING
+        self._scopes: list[_Scope] = []  # those that are open, in the order in which they were entered
+        self._scoping = threading.Lock()
         self._watch: Watch | None = None  # the newest
+        self.options: dict[str, Any] = {}  # those of `attach`
+        runtime.steering = self
 
     def set(self, recipe: Setting, *, sequence: int | None = None) -> None:
         """Steer by `recipe` from the next token on: text, a Vector, {name: dose}, or a Program.
@@ -168,29 +185,32 @@ class Steering:
         takes no list; the steering is then as before.
         """
         runtime = self._attached()
-        programs: Programs
         if sequence is not None:
-            programs = self._with_sequence(self._fitting(recipe), sequence)
-        elif isinstance(recipe, (list, tuple)):
-            if not runtime.takes_rows:
-                raise RuntimeNotSupported(
-                    "recipes for several rows or sequences take a transformers model, or a llama.cpp context "
-                    "that was made with n_seq_max above 1; set one recipe"
-                )
-            if not recipe:
-                raise RecipeError("expected a recipe for each row of a batch, got an empty list")
-            programs = tuple(self._fitting(row) for row in recipe)
+            program, before = self._fitting(recipe), runtime.setting
+            while not runtime.swap(self._with_sequence(before, program, sequence), before):
+                before = runtime.setting
         else:
-            programs = self._fitting(recipe)
-        runtime.swap(programs)
-        self._programs = programs
+            runtime.swap(self._fitting_all(recipe))
 
-    def _with_sequence(self, program: Program, sequence: int) -> Programs:
-        """What is set, but for one sequence."""
+    def _fitting_all(self, recipe: Setting) -> Programs:
+        """One program, or one for each row or sequence."""
+        if not isinstance(recipe, (list, tuple)):
+            return self._fitting(recipe)
+        if not self._attached().takes_rows:
+            raise RuntimeNotSupported(
+                "recipes for several rows or sequences take a transformers model, or a llama.cpp context "
+                "that was made with n_seq_max above 1; set one recipe"
+            )
+        if not recipe:
+            raise RecipeError("expected a recipe for each row of a batch, got an empty list")
+        return tuple(self._fitting(row) for row in recipe)
+
+    def _with_sequence(self, before: Programs, program: Program, sequence: int) -> Programs:
+        """What was set, but for one sequence."""
         count = self._sequences().n_sequences
         if not 0 <= sequence < count:
             raise RecipeError(f"sequence: expected 0 to {count - 1}, got {sequence}")
-        now = self._programs if isinstance(self._programs, tuple) else (self._programs,) * count
+        now = before if isinstance(before, tuple) else (before,) * count
         every = [*now, *(NOTHING,) * (count - len(now))]
         every[sequence] = program
         return tuple(every) if count > 1 else program
@@ -216,15 +236,35 @@ class Steering:
 
     @contextmanager
     def __call__(self, recipe: Setting) -> Iterator[Steering]:
-        """Steer by `recipe` inside a `with` block; what was set before comes back after it."""
-        before = self._programs
-        self.set(recipe)
+        """Steer by `recipe` inside a `with` block; what was set before comes back after it.
+
+        Blocks may overlap, as those of tasks and threads do: the recipe of the one that was entered last
+        acts, and a block that ends takes away only its own. `set` inside a block lasts until the block ends.
+        """
+        programs, runtime = self._fitting_all(recipe), self._attached()
+        with self._scoping:
+            before = runtime.setting
+            while not runtime.swap(programs, before):
+                before = runtime.setting
+            scope = _Scope(before)
+            self._scopes.append(scope)
         try:
             yield self
         finally:
-            if self._runtime is not None:
-                self._runtime.swap(before)
-                self._programs = before
+            self._leave(scope)
+
+    def _leave(self, scope: _Scope) -> None:
+        with self._scoping:
+            if self._runtime is None:
+                return
+            place = self._scopes.index(scope)
+            del self._scopes[place]
+            if place < len(
+                self._scopes
+            ):  # one that was entered later acts, and goes back to what this one would
+                self._scopes[place].before = scope.before
+            else:
+                self._runtime.swap(scope.before)
 
     @property
     def recipe(self) -> Recipe:
@@ -232,15 +272,20 @@ class Steering:
 
         Raises RecipeError where the rows of a batch have recipes of their own: see `recipes`.
         """
-        if isinstance(self._programs, tuple):
-            raise RecipeError(f"{len(self._programs)} row recipes are set: ask for `recipes`")
-        return self._programs.recipe
+        setting = self._setting
+        if isinstance(setting, tuple):
+            raise RecipeError(f"{len(setting)} row recipes are set: ask for `recipes`")
+        return setting.recipe
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         """What is set now: one recipe, or one for each row of a batch."""
-        programs = self._programs if isinstance(self._programs, tuple) else (self._programs,)
-        return tuple(program.recipe for program in programs)
+        setting = self._setting
+        return tuple(program.recipe for program in (setting if isinstance(setting, tuple) else (setting,)))
+
+    @property
+    def _setting(self) -> Programs:
+        return NOTHING if self._runtime is None else self._runtime.setting
 
     def watch(self, *vectors: str | Vector, on_token: Callable[[Token], None] | None = None) -> Watch:
         """Read from now on how much of each vector every token's activations hold; see Watch.
@@ -351,11 +396,12 @@ class Steering:
 
     def detach(self) -> None:
         """Leave the model as it was before attaching. Doing it twice does nothing."""
-        if self._runtime is not None:
-            self._runtime.release()
-            self._runtime = None
-            self._programs = NOTHING
-            self._forget_watch()
+        with self._scoping:
+            if self._runtime is not None:
+                self._runtime.release()
+                self._runtime = None
+                self._scopes.clear()
+                self._forget_watch()
 
     def __enter__(self) -> Steering:
         return self

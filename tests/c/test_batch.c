@@ -57,6 +57,7 @@ static void new_sequences(mien_sequence sequences[MAX_SEQUENCES]) {
 static char somewhere[4];
 static mien_program *program(int i) { return (mien_program *)(void *)&somewhere[i]; }
 
+static bool continued; /* of the last mien_batch_follow */
 static const mien_order no_orders[MIEN_ORDERS] = {MIEN_ORDER_NONE, MIEN_ORDER_NONE};
 
 /* ---- sequences ---------------------------------------------------------------------------------- */
@@ -133,14 +134,62 @@ static void a_reply_begins_after_what_is_given_at_once(void) {
             int32_t next[MAX_SEQUENCES] = {now->from[0], now->from[1]};
             tokens given;
             make_tokens(&given, now->sequences, next);
+            memset(given.outputs, 1, sizeof given.outputs);
             const mien_batch batch = batch_of(&given);
-            CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, s + 1) == MIEN_OK);
+            CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, s + 1, &continued) == MIEN_OK);
             for (int k = 0; k < 2; k++) {
                 const int32_t expected = now->reply[k] == NOT_YET ? INT32_MAX : now->reply[k];
                 if (!CHECK(sequences[k].reply_from == expected))
                     printf("  row %zu, step %d, sequence %d: %d\n", i, (int)s, k, (int)sequences[k].reply_from);
                 if (strchr(now->sequences, '0' + k)) CHECK(sequences[k].next == next[k]);
             }
+        }
+    }
+}
+
+/* A token can't have been drawn from one that asked for no logits: so the rest of a prompt is known, even if it
+ * is one token. */
+static void what_follows_a_token_without_logits_is_given(void) {
+    mien_sequence sequences[MAX_SEQUENCES];
+    new_sequences(sequences);
+    static const struct {
+        const char *sequences;
+        int8_t output;
+        int32_t from, reply;
+    } steps[] = {{"0 0 0", 0, 0, 3}, {"0", 0, 3, 4}, {"0", 1, 4, 5}, {"0", 1, 5, 5}, {"0", 0, 6, 5}, {"0", 1, 7, 8},
+                 {"0", 0, 8, 8},     {"0", 1, 20, 20}}; /* not the next one: nobody knows what was between */
+    for (uint64_t s = 0; s < LENGTH(steps); s++) {
+        int32_t next[MAX_SEQUENCES] = {steps[s].from};
+        tokens given;
+        make_tokens(&given, steps[s].sequences, next);
+        given.outputs[given.n - 1] = steps[s].output;
+        const mien_batch batch = batch_of(&given);
+        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, s + 1, &continued) == MIEN_OK && !continued);
+        if (!CHECK(sequences[0].reply_from == steps[s].reply))
+            printf("  step %d: %d\n", (int)s, (int)sequences[0].reply_from);
+    }
+}
+
+static void a_reply_that_continues_with_several_tokens_is_noticed_unless_told(void) {
+    for (int told = 0; told < 2; told++) {
+        mien_sequence sequences[MAX_SEQUENCES];
+        new_sequences(sequences);
+        sequences[0].told = told;
+        sequences[0].reply_from = 3;
+        static const struct {
+            const char *sequences;
+            bool continued;
+        } steps[] = {{"0 0 0", false}, {"0 0", false}, {"0", false},   {"0", false},  {"0 0 1", true}, {"0 0", false},
+                     {"1 1", false},   {"0 1", false}, {"0 1 1", true}, {"0 0", true}, {"0", false}};
+        int32_t next[MAX_SEQUENCES] = {0};
+        for (uint64_t s = 0; s < LENGTH(steps); s++) {
+            tokens given;
+            make_tokens(&given, steps[s].sequences, next);
+            memset(given.outputs, 1, sizeof given.outputs);
+            const mien_batch batch = batch_of(&given);
+            CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, s + 1, &continued) == MIEN_OK);
+            const bool other = !strcmp(steps[s].sequences, "0 1 1"); /* of sequence 1, of which nobody told */
+            if (!CHECK(continued == (steps[s].continued && (!told || other)))) printf("  step %d\n", (int)s);
         }
     }
 }
@@ -156,7 +205,7 @@ static void a_reply_that_was_told_stays(void) {
         tokens given;
         make_tokens(&given, batches[s], next);
         const mien_batch batch = batch_of(&given);
-        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, s + 1) == MIEN_OK);
+        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, s + 1, &continued) == MIEN_OK);
         CHECK(sequences[0].reply_from == 2);
     }
     CHECK(sequences[0].next == 7);
@@ -173,7 +222,7 @@ static void a_batch_with_a_token_of_no_sequence_changes_nothing(void) {
         tokens given;
         make_tokens(&given, batches[i], next);
         const mien_batch batch = batch_of(&given);
-        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1) == MIEN_ERR_ROWS);
+        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1, &continued) == MIEN_ERR_ROWS);
         CHECK(!memcmp(sequences, before, sizeof before));
     }
 }
@@ -198,7 +247,7 @@ static void a_token_has_its_sequences_program_and_its_number_in_the_reply(void) 
     make_tokens(&given, "0 1 2 0 2 1 0", next);
     const mien_batch batch = batch_of(&given);
     mien_evaluation evaluation = {0};
-    CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1) == MIEN_OK);
+    CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1, &continued) == MIEN_OK);
     CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 8, no_orders) == MIEN_OK);
     static const int32_t replies[] = {-1, 0, -1, 0, -1, 1, 1}, of[] = {0, 1, 2, 0, 2, 1, 0};
     mien_program *const acting[] = {program(0), program(2), NULL, program(1), NULL, program(2), program(1)};
@@ -225,10 +274,11 @@ static void positions_count_on_where_a_batch_has_none(void) {
         int32_t next[MAX_SEQUENCES] = {0};
         tokens given;
         make_tokens(&given, table[i].sequences, next);
+        memset(given.outputs, 1, sizeof given.outputs);
         mien_batch batch = batch_of(&given);
         batch.positions = NULL;
         if (i < 3) batch.sequences = NULL, batch.n_sequences = NULL; /* as llama_batch_get_one makes it */
-        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, i + 1) == MIEN_OK);
+        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, i + 1, &continued) == MIEN_OK);
         CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 8, no_orders) == MIEN_OK);
         for (int32_t t = 0; t < batch.n_tokens; t++)
             if (!CHECK(evaluation.tokens.what[t].reply == table[i].replies[t]))
@@ -248,7 +298,7 @@ static mien_evaluation begin(tokens *given, int32_t n_ubatch, const mien_order *
     new_sequences(sequences);
     const mien_batch batch = batch_of(given);
     mien_evaluation evaluation = {0};
-    CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1) == MIEN_OK);
+    CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1, &continued) == MIEN_OK);
     CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, n_ubatch, orders) == MIEN_OK);
     return evaluation;
 }
@@ -294,7 +344,7 @@ static void orders_are_those_of_llama_cpp(void) {
             tokens given;
             make_tokens(&given, table[i].sequences, next);
             mien_evaluation evaluation = begin(&given, table[i].n_ubatch, orders[k]);
-            CHECK(mien_evaluation_needs_ids(&evaluation));
+            CHECK(mien_evaluation_needs_inputs(&evaluation));
             const char *at = expected[k];
             for (int32_t done = 0; done < given.n;) { /* graph after graph */
                 int32_t n = 0, numbers[MAX_TOKENS], ids[MAX_TOKENS];
@@ -303,7 +353,7 @@ static void orders_are_those_of_llama_cpp(void) {
                     if (*at >= '0' && *at <= '9') numbers[n] = *at - '0', ids[n] = given.ids[numbers[n]], n++;
                     if (!*at) break;
                 }
-                const bool holds = mien_evaluation_graph(&evaluation, done, n, ids);
+                const bool holds = mien_evaluation_graph(&evaluation, done, n, ids, NULL);
                 if (!CHECK(holds && rows_are(&evaluation.all, numbers, n))) {
                     printf("  row %zu, order %d, from %d:", i, k, (int)done);
                     for (int32_t r = 0; r < given.n; r++) printf(" %d", (int)evaluation.orders[0][r]);
@@ -324,8 +374,8 @@ static void a_batch_of_one_sequence_needs_no_order(void) {
         tokens given;
         make_tokens(&given, alone[i], next);
         mien_evaluation evaluation = begin(&given, 2, sequential);
-        CHECK(!mien_evaluation_needs_ids(&evaluation));
-        CHECK(mien_evaluation_graph(&evaluation, 0, given.n, NULL));
+        CHECK(!mien_evaluation_needs_inputs(&evaluation));
+        CHECK(mien_evaluation_graph(&evaluation, 0, given.n, NULL, NULL));
         CHECK(rows_are(&evaluation.all, (const int32_t[]){0, 1, 2}, given.n));
         mien_evaluation_free(&evaluation);
     }
@@ -333,7 +383,7 @@ static void a_batch_of_one_sequence_needs_no_order(void) {
     tokens given;
     make_tokens(&given, "0 1 0", next);
     mien_evaluation evaluation = begin(&given, 2, no_orders); /* nor one that is cut as it stands */
-    CHECK(!mien_evaluation_needs_ids(&evaluation));
+    CHECK(!mien_evaluation_needs_inputs(&evaluation));
     mien_evaluation_free(&evaluation);
     mien_batch batch = batch_of(&given);
     batch.n_sequences = NULL; /* a sequence each */
@@ -341,9 +391,9 @@ static void a_batch_of_one_sequence_needs_no_order(void) {
     new_sequences(sequences);
     evaluation = (mien_evaluation){0};
     CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 8, equal) == MIEN_OK);
-    CHECK(mien_evaluation_needs_ids(&evaluation));
-    CHECK(mien_evaluation_graph(&evaluation, 0, 2, (const int32_t[]){100, 107}));
-    CHECK(mien_evaluation_graph(&evaluation, 2, 1, (const int32_t[]){114}));
+    CHECK(mien_evaluation_needs_inputs(&evaluation));
+    CHECK(mien_evaluation_graph(&evaluation, 0, 2, (const int32_t[]){100, 107}, NULL));
+    CHECK(mien_evaluation_graph(&evaluation, 2, 1, (const int32_t[]){114}, NULL));
     mien_evaluation_free(&evaluation);
 }
 
@@ -398,15 +448,15 @@ static void a_graphs_rows_are_all_its_tokens_or_those_with_logits(void) {
     given.outputs[1] = given.outputs[2] = given.outputs[4] = 1;
     const int32_t ids[] = {given.ids[0], given.ids[2], given.ids[1], given.ids[3], given.ids[4]};
     mien_evaluation evaluation = begin(&given, 4, equal);
-    CHECK(mien_evaluation_graph(&evaluation, 0, 4, ids));
+    CHECK(mien_evaluation_graph(&evaluation, 0, 4, ids, NULL));
     CHECK(rows_are(mien_evaluation_rows(&evaluation, 4), (const int32_t[]){0, 2, 1, 3}, 4));
     CHECK(rows_are(mien_evaluation_rows(&evaluation, 2), (const int32_t[]){2, 1}, 2));
     CHECK(evaluation.all.sequence[2] == 1 && evaluation.all.what[1].reply == -1);
     CHECK(!mien_evaluation_rows(&evaluation, 3) && !mien_evaluation_rows(&evaluation, 0));
-    CHECK(mien_evaluation_graph(&evaluation, 4, 1, ids + 4));
+    CHECK(mien_evaluation_graph(&evaluation, 4, 1, ids + 4, NULL));
     CHECK(rows_are(mien_evaluation_rows(&evaluation, 1), (const int32_t[]){4}, 1));
-    CHECK(!mien_evaluation_graph(&evaluation, 4, 2, ids + 3)); /* one more than there are */
-    CHECK(!mien_evaluation_graph(&evaluation, -1, 1, ids));
+    CHECK(!mien_evaluation_graph(&evaluation, 4, 2, ids + 3, NULL)); /* one more than there are */
+    CHECK(!mien_evaluation_graph(&evaluation, -1, 1, ids, NULL));
     CHECK(!mien_evaluation_rows(&evaluation, 2));
     mien_evaluation_free(&evaluation);
 
@@ -416,9 +466,9 @@ static void a_graphs_rows_are_all_its_tokens_or_those_with_logits(void) {
     batch.outputs = NULL; /* the last token's then */
     evaluation = (mien_evaluation){0};
     CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 8, no_orders) == MIEN_OK);
-    CHECK(mien_evaluation_graph(&evaluation, 0, 3, NULL));
+    CHECK(mien_evaluation_graph(&evaluation, 0, 3, NULL, NULL));
     CHECK(mien_evaluation_rows(&evaluation, 0) && !mien_evaluation_rows(&evaluation, 1));
-    CHECK(mien_evaluation_graph(&evaluation, 3, 2, NULL));
+    CHECK(mien_evaluation_graph(&evaluation, 3, 2, NULL, NULL));
     CHECK(rows_are(mien_evaluation_rows(&evaluation, 1), (const int32_t[]){4}, 1));
     mien_evaluation_free(&evaluation);
 }
@@ -445,7 +495,7 @@ static void an_order_holds_until_a_graphs_ids_say_otherwise(void) {
         for (int32_t graph = 0; graph < 3; graph++) {
             const int32_t numbers[] = {table[i].graphs[4 * graph] - '0', table[i].graphs[4 * graph + 2] - '0'};
             const int32_t ids[] = {given.ids[numbers[0]], given.ids[numbers[1]]};
-            const bool holds = mien_evaluation_graph(&evaluation, 2 * graph, 2, ids);
+            const bool holds = mien_evaluation_graph(&evaluation, 2 * graph, 2, ids, NULL);
             if (!CHECK(holds == (table[i].expected[graph] == 'y'))) printf("  row %zu, graph %d\n", i, (int)graph);
             CHECK(rows_are(&evaluation.all, numbers, holds ? 2 : 0));
         }
@@ -458,8 +508,8 @@ static void without_ids_no_order_can_be_told(void) {
     tokens given;
     make_tokens(&given, "0 1", next);
     mien_evaluation evaluation = begin(&given, 2, simple);
-    CHECK(!mien_evaluation_graph(&evaluation, 0, 2, NULL));
-    CHECK(mien_evaluation_graph(&evaluation, 0, 2, given.ids));
+    CHECK(!mien_evaluation_graph(&evaluation, 0, 2, NULL, NULL));
+    CHECK(mien_evaluation_graph(&evaluation, 0, 2, given.ids, NULL));
     mien_evaluation_free(&evaluation);
     mien_batch batch = batch_of(&given);
     batch.ids = NULL; /* embeddings */
@@ -467,7 +517,7 @@ static void without_ids_no_order_can_be_told(void) {
     new_sequences(sequences);
     evaluation = (mien_evaluation){0};
     CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 2, simple) == MIEN_OK);
-    CHECK(!mien_evaluation_graph(&evaluation, 0, 2, given.ids));
+    CHECK(!mien_evaluation_graph(&evaluation, 0, 2, given.ids, NULL));
     mien_evaluation_free(&evaluation);
 }
 
@@ -503,7 +553,7 @@ static void failing_allocations_leave_nothing_known_and_nothing_behind(void) {
         make_tokens(&many, "1 0 1 0 0", next); /* token 4 is the reply's, number 0 */
         mien_evaluation evaluation = begin(&few, 2, both);
         const mien_batch batch = batch_of(&many);
-        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1) == MIEN_OK);
+        CHECK(mien_batch_follow(&batch, sequences, MAX_SEQUENCES, 1, &continued) == MIEN_OK);
         fail_after = after;
         const mien_status status = mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 4, both);
         fail_after = -1;
@@ -511,7 +561,7 @@ static void failing_allocations_leave_nothing_known_and_nothing_behind(void) {
         CHECK(done || status == MIEN_ERR_MEMORY);
         if (!done) {
             CHECK(evaluation.n_tokens == 0);
-            CHECK(!mien_evaluation_graph(&evaluation, 0, 1, many.ids));
+            CHECK(!mien_evaluation_graph(&evaluation, 0, 1, many.ids, NULL));
             CHECK(mien_evaluation_begin(&evaluation, &batch, sequences, MAX_SEQUENCES, 4, both) == MIEN_OK);
         }
         CHECK(evaluation.n_tokens == 5 && evaluation.tokens.what[4].reply == 0);
@@ -525,10 +575,32 @@ static void failing_allocations_leave_nothing_known_and_nothing_behind(void) {
     mien_program_release(latching);
 }
 
+/* Two sequences repeat the same tokens: only positions tell in which order they stand. */
+static void positions_tell_what_repeated_tokens_do_not(void) {
+    int32_t next[MAX_SEQUENCES] = {0};
+    tokens given;
+    make_tokens(&given, "0 0 0 0 1 1 1 1", next);
+    for (int32_t t = 0; t < given.n; t++) given.ids[t] = 5;
+    const mien_order both[MIEN_ORDERS] = {MIEN_ORDER_SIMPLE, MIEN_ORDER_EQUAL};
+    mien_evaluation evaluation = begin(&given, 4, both);
+    static const int32_t ids[] = {5, 5, 5, 5}, mixed[] = {0, 1, 0, 1}, whole[] = {0, 1, 2, 3}, neither[] = {3, 2, 1, 0};
+    CHECK(!mien_evaluation_graph(&evaluation, 0, 4, NULL, NULL));
+    evaluation.order = 0;
+    CHECK(mien_evaluation_graph(&evaluation, 0, 4, ids, mixed));
+    CHECK(rows_are(&evaluation.all, (const int32_t[]){0, 1, 4, 5}, 4));
+    evaluation.order = 0;
+    CHECK(mien_evaluation_graph(&evaluation, 0, 4, NULL, whole)); /* of embeddings no ids are known */
+    CHECK(rows_are(&evaluation.all, (const int32_t[]){0, 1, 2, 3}, 4));
+    CHECK(!mien_evaluation_graph(&evaluation, 4, 4, ids, neither));
+    mien_evaluation_free(&evaluation);
+}
+
 int main(void) {
     a_token_is_of_its_first_sequence_where_all_are_steered_alike();
     what_a_batch_leaves_out_is_one_sequence_number_0();
     a_reply_begins_after_what_is_given_at_once();
+    what_follows_a_token_without_logits_is_given();
+    a_reply_that_continues_with_several_tokens_is_noticed_unless_told();
     a_reply_that_was_told_stays();
     a_batch_with_a_token_of_no_sequence_changes_nothing();
     a_token_has_its_sequences_program_and_its_number_in_the_reply();
@@ -540,5 +612,6 @@ int main(void) {
     an_order_holds_until_a_graphs_ids_say_otherwise();
     without_ids_no_order_can_be_told();
     failing_allocations_leave_nothing_known_and_nothing_behind();
+    positions_tell_what_repeated_tokens_do_not();
     return verdict();
 }

@@ -334,14 +334,67 @@ static mien_status begin(mien_hook *hook, const tokens *given) {
 
 /* ---- making hooks ------------------------------------------------------------------------------- */
 
+/* What was swapped into each hook: mien_hook_swap takes it for all sequences at once. */
+static struct {
+    const mien_hook *hook;
+    mien_acting acting[N_SEQUENCES];
+    int32_t n;
+} swapped[16];
+static uint64_t generations;
+
+static size_t swapped_of(const mien_hook *hook) {
+    static size_t newest;
+    for (size_t i = 0; i < LENGTH(swapped); i++)
+        if (swapped[i].hook == hook) return i;
+    newest = (newest + 1) % LENGTH(swapped);
+    memset(&swapped[newest], 0, sizeof swapped[newest]);
+    swapped[newest].hook = hook;
+    swapped[newest].n = 1;
+    return newest;
+}
+
+static mien_status set_batching(mien_hook *hook, const mien_batch_layout *layout, const mien_batching *batching) {
+    const mien_status status = mien_hook_set_batching(hook, layout, batching);
+    const size_t at = swapped_of(hook);
+    if (status == MIEN_OK) {
+        memset(swapped[at].acting, 0, sizeof swapped[at].acting);
+        swapped[at].n = batching->n_sequences;
+    }
+    return status;
+}
+
+/* What acts on one sequence, or (-1) on all. */
+static mien_status swap_at(mien_hook *hook, int32_t sequence, mien_program *prompt, mien_program *response) {
+    const size_t at = swapped_of(hook);
+    mien_acting acting[N_SEQUENCES];
+    memcpy(acting, swapped[at].acting, sizeof acting);
+    for (int32_t i = 0; i < swapped[at].n; i++)
+        if (sequence < 0 || i == sequence) acting[i] = (mien_acting){prompt, response, ++generations};
+    const mien_status status = mien_hook_swap(hook, acting, swapped[at].n, ++generations);
+    if (status == MIEN_OK) memcpy(swapped[at].acting, acting, sizeof acting);
+    return status;
+}
+
+static mien_probe *watching;
+
+static mien_status watch_with(mien_hook *hook, mien_probe *probe) {
+    const mien_status status = mien_hook_watch(hook, probe, NULL, NULL, 0);
+    if (status == MIEN_OK) watching = probe;
+    return status;
+}
+
+static void watch_into(mien_hook *hook, float *before, float *after) {
+    CHECK(mien_hook_watch(hook, watching, before, after, MAX_TOKENS) == MIEN_OK);
+}
+
 static mien_hook *new_hook_of(mien_path path, int32_t n_sequences, int32_t n_ubatch, mien_order rule,
                               mien_order other) {
     void *addresses[MAX_SYMBOLS];
     mien_hook *hook = NULL;
     find_symbols(addresses, NULL);
     CHECK(mien_hook_new(&hook, addresses, LAYERS, EMBD, path) == MIEN_OK);
-    const mien_batching batching = {n_sequences, n_ubatch, {(int32_t)rule, (int32_t)other}};
-    CHECK(mien_hook_set_batching(hook, &fields, &batching) == MIEN_OK);
+    const mien_batching batching = {n_sequences, n_ubatch, {rule, other}};
+    CHECK(set_batching(hook, &fields, &batching) == MIEN_OK);
     return hook;
 }
 
@@ -720,7 +773,7 @@ static bool applied_is(const mien_hook *hook, const graph *g, const steer *s, co
 }
 
 static void swap_in(mien_hook *hook, const steer *s) {
-    CHECK(mien_hook_swap(hook, -1, s->program, s->program) == MIEN_OK);
+    CHECK(swap_at(hook, -1, s->program, s->program) == MIEN_OK);
 }
 
 /* The beginning of a decode of `n` tokens, or of those of a graph. */
@@ -756,7 +809,7 @@ static void the_symbols_are_the_ones_that_ggml_has(void) {
     CHECK(!mien_hook_symbol(mien_hook_symbol_count()));
 }
 
-enum { HOOK_BLOCKS = 4 }; /* the hook, its sequences as they are next and now, and what is pinned */
+enum { ROW_BLOCKS = 3 * 4 + MIEN_ORDERS + 1, HOOK_BLOCKS = 3 }; /* the hook, its sequences, and what is pinned */
 
 static void the_layout_decides_the_path_and_the_reason(void) {
     static const struct {
@@ -825,7 +878,7 @@ static void a_lacking_function_is_an_error_where_needed_and_a_reason_where_not(v
             CHECK(!hook);
             continue;
         }
-        CHECK(status == MIEN_OK && mien_hook_set_batching(hook, &fields, &one) == MIEN_OK);
+        CHECK(status == MIEN_OK && set_batching(hook, &fields, &one) == MIEN_OK);
         CHECK(mien_hook_path(hook) == MIEN_PATH_POST);
         CHECK(!strcmp(mien_hook_reason(hook), "the library lacks functions that it needs"));
         CHECK(decode(hook, &s, g, 1) == MIEN_OK);
@@ -857,10 +910,10 @@ static void a_context_of_no_sequence_or_no_tokens_is_refused_and_nothing_changes
     mien_hook *hook = new_hook(MIEN_PATH_AUTO);
     swap_in(hook, &s);
     for (size_t i = 0; i < LENGTH(wrong); i++)
-        CHECK(mien_hook_set_batching(hook, &fields, &wrong[i]) == MIEN_ERR_SHAPE);
+        CHECK(set_batching(hook, &fields, &wrong[i]) == MIEN_ERR_SHAPE);
     CHECK(evaluate(g, hook, 1) && outputs_are(g, &s));
     const mien_batching two = {2, 8, {MIEN_ORDER_SIMPLE, MIEN_ORDER_NONE}};
-    CHECK(mien_hook_set_batching(hook, &fields, &two) == MIEN_OK); /* and what was swapped in is gone */
+    CHECK(set_batching(hook, &fields, &two) == MIEN_OK); /* and what was swapped in is gone */
     CHECK(evaluate(g, hook, 1) && outputs_are(g, &nothing));
     mien_hook_free(hook);
     mien_program_release(s.program);
@@ -894,14 +947,14 @@ static void a_program_of_another_model_is_refused_and_nothing_changes(void) {
     const long before = live_blocks;
     for (size_t i = 0; i < LENGTH(table); i++) {
         mien_program *other = new_program_of(table[i].n_layer, table[i].site, table[i].width);
-        CHECK(mien_hook_swap(hook, -1, other, NULL) == MIEN_ERR_SHAPE);
-        CHECK(mien_hook_swap(hook, 0, NULL, other) == MIEN_ERR_SHAPE);
-        CHECK(mien_hook_swap(hook, 0, other, other) == MIEN_ERR_SHAPE);
+        CHECK(swap_at(hook, -1, other, NULL) == MIEN_ERR_SHAPE);
+        CHECK(swap_at(hook, 0, NULL, other) == MIEN_ERR_SHAPE);
+        CHECK(swap_at(hook, 0, other, other) == MIEN_ERR_SHAPE);
         mien_program_release(other);
     }
-    CHECK(mien_hook_swap(hook, -2, NULL, NULL) == MIEN_ERR_ROWS);
-    CHECK(mien_hook_swap(hook, 1, NULL, NULL) == MIEN_ERR_ROWS);
-    CHECK(mien_hook_swap(hook, INT32_MIN, NULL, NULL) == MIEN_ERR_ROWS);
+    static const int32_t counts[] = {0, -1, 2, INT32_MAX, INT32_MIN};
+    static const mien_acting none[2];
+    for (size_t i = 0; i < LENGTH(counts); i++) CHECK(mien_hook_swap(hook, none, counts[i], 9) == MIEN_ERR_ROWS);
     CHECK(live_blocks == before);
     CHECK(evaluate(g, hook, 1));
     CHECK(outputs_are(g, &s)); /* what was swapped in before is still there */
@@ -928,7 +981,7 @@ static void a_hook_is_made_whole_or_not_at_all(void) {
         CHECK(status == (hook ? MIEN_OK : MIEN_ERR_MEMORY));
         if (!hook) continue;
         whole = mien_hook_path(hook) == MIEN_PATH_IN_GRAPH; /* without memory to find out it is not */
-        CHECK(mien_hook_set_batching(hook, &fields, &one) == MIEN_OK);
+        CHECK(set_batching(hook, &fields, &one) == MIEN_OK);
         CHECK(decode(hook, &s, g, 1) == MIEN_OK && outputs_are(g, &s));
         mien_hook_free(hook);
     }
@@ -939,12 +992,12 @@ static void a_hook_is_made_whole_or_not_at_all(void) {
 
 static mien_status set_three(mien_hook *hook) {
     const mien_batching three = {3, 8, {MIEN_ORDER_SIMPLE, MIEN_ORDER_EQUAL}};
-    return mien_hook_set_batching(hook, &fields, &three);
+    return set_batching(hook, &fields, &three);
 }
 
 static const steer *latched; /* what the two below swap in */
-static mien_status swap_every(mien_hook *hook) { return mien_hook_swap(hook, -1, latched->program, latched->program); }
-static mien_status swap_one(mien_hook *hook) { return mien_hook_swap(hook, 2, latched->program, latched->program); }
+static mien_status swap_every(mien_hook *hook) { return swap_at(hook, -1, latched->program, latched->program); }
+static mien_status swap_one(mien_hook *hook) { return swap_at(hook, 2, latched->program, latched->program); }
 
 static mien_status begin_one(mien_hook *hook) {
     static tokens given;
@@ -1007,7 +1060,7 @@ static void rows_that_find_no_memory_are_an_error(void) {
     mien_hook_free(hook);
 
     hook = new_hook_of(MIEN_PATH_AUTO, 2, 8, MIEN_ORDER_SIMPLE, MIEN_ORDER_NONE); /* and ids that find none */
-    CHECK(mien_hook_swap(hook, 1, s.program, s.program) == MIEN_OK);
+    CHECK(swap_at(hook, 1, s.program, s.program) == MIEN_OK);
     read_tokens(&given, "0@0* 1@0* 1@1*");
     CHECK(begin(hook, &given) == MIEN_OK);
     fail_after = 0;
@@ -1701,8 +1754,8 @@ static void a_probe_reads_rows_before_and_after_steering(void) {
                 float before[TOKENS][LAYERS][VECTORS], after[TOKENS][LAYERS][VECTORS];
                 fill(before[0][0], sizeof before / sizeof(float), -1.5f);
                 fill(after[0][0], sizeof after / sizeof(float), -1.5f);
-                CHECK(mien_hook_watch(hook, probe) == MIEN_OK);
-                mien_hook_watch_into(hook, before[0][0], after[0][0]);
+                CHECK(watch_with(hook, probe) == MIEN_OK);
+                watch_into(hook, before[0][0], after[0][0]);
                 tokens given;
                 begin_plain(hook, &s, &given, TOKENS, flags);
                 int64_t token = 0;
@@ -1751,12 +1804,12 @@ static void watching_can_be_turned_off_and_either_side_left_out(void) {
     fake_tensor fresh[MAX_NODES];
     memcpy(fresh, g->tensors, sizeof fresh);
     mien_probe *probe = new_probe(LAYERS, EMBD);
-    CHECK(mien_hook_watch(hook, probe) == MIEN_OK);
+    CHECK(watch_with(hook, probe) == MIEN_OK);
     mien_probe_release(probe); /* the hook's is the only reference left */
     float read[2][LAYERS][VECTORS], kept[2][LAYERS][VECTORS];
     for (int side = 0; side < 3; side++) {
         fill(read[0][0], sizeof read / sizeof(float), -1.5f);
-        mien_hook_watch_into(hook, side == 1 ? read[0][0] : NULL, side == 2 ? read[0][0] : NULL);
+        watch_into(hook, side == 1 ? read[0][0] : NULL, side == 2 ? read[0][0] : NULL);
         CHECK(decode(hook, &nothing, g, 2) == MIEN_OK && outputs_are(g, &nothing));
         CHECK((side == 0) == all_are(read[0][0], VECTORS, -1.5f));
     }
@@ -1764,7 +1817,7 @@ static void watching_can_be_turned_off_and_either_side_left_out(void) {
     refill(g);
     CHECK(evaluate(g, hook, 1) && outputs_are(g, &nothing)); /* outside of begin..end nothing is read */
     CHECK(!memcmp(kept, read, sizeof kept));
-    CHECK(mien_hook_watch(hook, NULL) == MIEN_OK);
+    CHECK(watch_with(hook, NULL) == MIEN_OK);
     CHECK(decode(hook, &nothing, g, 1) == MIEN_OK);
     CHECK(!memcmp(kept, read, sizeof kept));
     CHECK(!memcmp(fresh, g->tensors, sizeof fresh));
@@ -1778,12 +1831,12 @@ static void a_probe_of_another_model_is_refused_and_nothing_changes(void) {
     mien_hook *hook = new_hook(MIEN_PATH_AUTO);
     graph *g = new_graph(1, NULL);
     mien_probe *probe = new_probe(LAYERS, EMBD);
-    CHECK(mien_hook_watch(hook, probe) == MIEN_OK);
+    CHECK(watch_with(hook, probe) == MIEN_OK);
     float read[LAYERS][VECTORS];
-    mien_hook_watch_into(hook, read[0], NULL);
+    watch_into(hook, read[0], NULL);
     for (size_t i = 0; i < LENGTH(shapes); i++) {
         mien_probe *other = new_probe(shapes[i][0], shapes[i][1]);
-        CHECK(mien_hook_watch(hook, other) == MIEN_ERR_SHAPE);
+        CHECK(watch_with(hook, other) == MIEN_ERR_SHAPE);
         mien_probe_release(other);
     }
     CHECK(decode(hook, &nothing, g, 1) == MIEN_OK);
@@ -1803,8 +1856,8 @@ static void what_is_read_must_have_the_models_width(void) {
         CHECK(mien_hook_locate(hook, MIEN_SITE_RESIDUAL, 2, EXPERTS, "ffn_moe_argsort", NULL, 0) == MIEN_OK);
         mien_probe *probe = new_probe(LAYERS, EMBD);
         if (watched) {
-            CHECK(mien_hook_watch(hook, probe) == MIEN_OK);
-            mien_hook_watch_into(hook, read[0][0], NULL);
+            CHECK(watch_with(hook, probe) == MIEN_OK);
+            watch_into(hook, read[0][0], NULL);
         } else {
             mien_hook_capture(hook, buffer, layers, 1, 0, 2);
         }
@@ -1825,8 +1878,8 @@ static void what_is_asked_for_after_begin_is_too_late(void) {
         tokens given;
         begin_plain(hook, &nothing, &given, 2, NULL);
         if (watched) {
-            CHECK(mien_hook_watch(hook, probe) == MIEN_OK);
-            mien_hook_watch_into(hook, read[0][0], NULL);
+            CHECK(watch_with(hook, probe) == MIEN_OK);
+            watch_into(hook, read[0][0], NULL);
         } else {
             mien_hook_capture(hook, buffer, layers, 1, 0, 2);
         }
@@ -1935,7 +1988,7 @@ static mien_status decode_cut(mien_hook *hook, const tokens *given, const char *
         }
         *right = *right && all.rows == rows[layer] && about(all.moved, moved[layer]);
     }
-    mien_hook_tokens(hook, sequences, replies);
+    *right = *right && mien_hook_tokens(hook, sequences, replies, MAX_TOKENS) == given->batch.n_tokens;
     for (int32_t t = 0; t < given->batch.n_tokens; t++)
         *right = *right && sequences[t] == (given->batch.seq_id ? given->sets[t][0] : 0) && replies[t] == who[t].reply;
     return mien_hook_end(hook);
@@ -1984,7 +2037,7 @@ static void every_sequence_has_its_own_programs(void) {
                 const steer *const on[][2] = {{&a, &b}, {&nothing, &d}, {&c, &nothing}};
                 history memories[3] = {{{{0}}}};
                 for (int32_t i = 0; i < 3; i++)
-                    CHECK(mien_hook_swap(hook, i, on[i][0]->program, on[i][1]->program) == MIEN_OK);
+                    CHECK(swap_at(hook, i, on[i][0]->program, on[i][1]->program) == MIEN_OK);
                 real_threads = nth > 1;
                 for (size_t i = 0; i < LENGTH(passes); i++) {
                     tokens given;
@@ -2023,7 +2076,7 @@ static void graphs_that_do_not_have_the_tokens_in_an_order_are_an_error(void) {
         const steer *const on[][2] = {{&a, &a}, {&b, &b}};
         history memories[2];
         const int32_t replies[] = {-1, -1, -1, -1, -1, -1};
-        for (int32_t s = 0; s < 2; s++) CHECK(mien_hook_swap(hook, s, on[s][0]->program, NULL) == MIEN_OK);
+        for (int32_t s = 0; s < 2; s++) CHECK(swap_at(hook, s, on[s][0]->program, NULL) == MIEN_OK);
         tokens given;
         acting who[MAX_TOKENS];
         bool right;
@@ -2057,7 +2110,7 @@ static void rows_whose_tokens_cannot_be_told_are_left_alone(void) {
             tokens given;
             read_tokens(&given, "0@0* 1@0*");
             swap_in(hook, &a);
-            CHECK(mien_hook_swap(hook, 1, b.program, b.program) == MIEN_OK);
+            CHECK(swap_at(hook, 1, b.program, b.program) == MIEN_OK);
             CHECK(begin(hook, &given) == MIEN_OK && evaluate(g, hook, 1) && mien_hook_end(hook) == MIEN_OK);
             if (i < LENGTH(changes))
                 changes[i](g);
@@ -2083,7 +2136,7 @@ static void a_graph_has_as_many_tokens_as_ids(void) {
         const steer a = new_steer("3"), b = new_steer("3");
         tokens given;
         read_tokens(&given, "0@0 1@0* 0@1 1@1 0@2* 1@2*");
-        for (int32_t s = 0; s < 2; s++) CHECK(mien_hook_swap(hook, s, (s ? b : a).program, NULL) == MIEN_OK);
+        for (int32_t s = 0; s < 2; s++) CHECK(swap_at(hook, s, (s ? b : a).program, NULL) == MIEN_OK);
         CHECK(begin(hook, &given) == MIEN_OK);
         for (int i = 0; i < 2; i++) {
             graph *g = new_graph(3, given.outputs + 3 * i);
@@ -2111,7 +2164,7 @@ static void one_sequence_needs_no_ids(void) {
     read_tokens(&given, "1@5* 1@6*");
     given.batch.token = NULL;
     look_nothing_up(g);
-    CHECK(mien_hook_swap(hook, 1, NULL, a.program) == MIEN_OK);
+    CHECK(swap_at(hook, 1, NULL, a.program) == MIEN_OK);
     mien_hook_tell_reply(hook, 1, 4);
     CHECK(begin(hook, &given) == MIEN_OK && evaluate(g, hook, 1) && mien_hook_end(hook) == MIEN_OK);
     const acting who[] = {{&a, 1, NULL}, {&a, 2, NULL}};
@@ -2129,7 +2182,7 @@ static void a_shared_token_is_of_sequences_that_are_steered_alike(void) {
     const steer *const on[][2] = {{&a, &b}, {&a, &b}, {&nothing, &nothing}};
     history memories[3];
     static const int32_t given_ones[] = {-1, -1, -1}, replies[] = {0, -1, 0};
-    for (int32_t s = 0; s < 2; s++) CHECK(mien_hook_swap(hook, s, a.program, b.program) == MIEN_OK);
+    for (int32_t s = 0; s < 2; s++) CHECK(swap_at(hook, s, a.program, b.program) == MIEN_OK);
     tokens given;
     acting who[MAX_TOKENS];
     bool right;
@@ -2146,14 +2199,14 @@ static void a_shared_token_is_of_sequences_that_are_steered_alike(void) {
     static const char *const wrong[] = {"02@0* 1@0", "1@0 012@1", "20@4*", "3@0*", "0@0 13@1", "/@0"};
     for (size_t i = 0; i < LENGTH(wrong); i++) {
         graph *g = new_graph(2, NULL);
-        const int64_t strays = mien_hook_strays(hook);
+        const int64_t strays = mien_hook_unsteered(hook);
         read_tokens(&given, wrong[i]);
         CHECK(begin(hook, &given) == MIEN_ERR_ROWS);
         int32_t none[] = {77, 77, 77};
-        mien_hook_tokens(hook, none, none); /* there are none */
+        CHECK(mien_hook_tokens(hook, none, none, 3) == 0);
         CHECK(none[0] == 77 && none[1] == 77 && none[2] == 77);
         CHECK(evaluate(g, hook, 1) && outputs_are(g, &nothing)); /* it has not begun */
-        CHECK(mien_hook_strays(hook) == strays + 1);
+        CHECK(mien_hook_unsteered(hook) == strays + 1);
         CHECK(mien_hook_end(hook) == MIEN_OK);
         free(g);
     }
@@ -2214,7 +2267,7 @@ static void a_window_goes_by_the_number_in_the_reply(void) {
             const steer a = new_steer("2"), b = new_steer_like(&kinds[k], "013");
             const steer *const on[][2] = {{k % 2 ? &a : &b, &b}};
             history memory;
-            CHECK(mien_hook_swap(hook, 0, on[0][0]->program, b.program) == MIEN_OK);
+            CHECK(swap_at(hook, 0, on[0][0]->program, b.program) == MIEN_OK);
             for (size_t i = 0; i < LENGTH(steps); i++) {
                 tokens given;
                 acting who[MAX_TOKENS];
@@ -2240,7 +2293,7 @@ static void a_reply_goes_on_where_it_was_moved_to(void) {
         const char *words;
         int32_t replies[2], reply, next;
     } steps[] = {
-        {0, 0, 0, false, "0@0 0@1", {-1, -1}, 2, 2},
+        {0, 0, 0, false, "0@0 0@1*", {-1, -1}, 2, 2},
         {0, 0, 0, false, "0@2*", {0}, 2, 3},
         {0, 0, 0, false, "0@3*", {1}, 2, 4},
         {'s', -1, 0, false, "0@3*", {2}, 1, 4},
@@ -2260,7 +2313,7 @@ static void a_reply_goes_on_where_it_was_moved_to(void) {
     history memory;
     mien_hook_shift(hook, 0, 3); /* of a reply that has not begun */
     CHECK(mien_hook_reply(hook, 0) == INT32_MAX && mien_hook_next(hook, 0) == 3);
-    CHECK(mien_hook_swap(hook, 0, NULL, s.program) == MIEN_OK);
+    CHECK(swap_at(hook, 0, NULL, s.program) == MIEN_OK);
     for (size_t i = 0; i < LENGTH(steps); i++) {
         tokens given;
         acting who[MAX_TOKENS];
@@ -2387,7 +2440,7 @@ static void one_sequences_gates_begin_anew(bool anew) {
             CHECK(live_blocks == before);
         }
         if (i == 3) {
-            CHECK((anew ? mien_hook_begin_anew(hook, 1) : mien_hook_swap(hook, 1, s.program, s.program)) == MIEN_OK);
+            CHECK((anew ? mien_hook_begin_anew(hook, 1) : swap_at(hook, 1, s.program, s.program)) == MIEN_OK);
             memset(&memories[1], 0, sizeof memories[1]);
         }
         const acting who[] = {{&s, i, &memories[0]}, {&s, i, &memories[1]}};
@@ -2445,9 +2498,9 @@ static void an_evaluation_outside_of_a_decode_takes_what_was_swapped_in_last(voi
         const steer a = new_steer("12"), b = new_steer("123");
         graph *g = new_graph(3, NULL);
         CHECK(evaluate(g, hook, 2) && outputs_are(g, &nothing));
-        CHECK(mien_hook_swap(hook, -1, b.program, a.program) == MIEN_OK); /* of a reply, as far as is known */
-        CHECK(evaluate(g, hook, 2) && outputs_are(g, &a));
-        CHECK(evaluate(g, hook, 2) && outputs_are(g, &a));
+        CHECK(swap_at(hook, -1, b.program, a.program) == MIEN_OK); /* several tokens at once are given */
+        CHECK(evaluate(g, hook, 2) && outputs_are(g, &b));
+        CHECK(evaluate(g, hook, 2) && outputs_are(g, &b));
         swap_in(hook, &a);
         swap_in(hook, &b);
         CHECK(evaluate(g, hook, 2) && outputs_are(g, &b));
@@ -2464,7 +2517,7 @@ static void an_evaluation_outside_of_a_decode_takes_what_was_swapped_in_last(voi
         CHECK(evaluate(g, hook, 2) && outputs_are(g, &b));
         swap_in(hook, &nothing);
         CHECK(evaluate(g, hook, 2) && outputs_are(g, &nothing));
-        CHECK(mien_hook_strays(hook) == 0); /* nothing that should have been done was not */
+        CHECK(mien_hook_unsteered(hook) == 0); /* nothing that should have been done was not */
         mien_hook_free(hook);
         mien_program_release(a.program);
         mien_program_release(b.program);
@@ -2478,17 +2531,17 @@ static void sequences_that_are_steered_differently_are_not_steered_outside_of_a_
         const steer a = new_steer("12"), b = new_steer("03");
         graph *g = new_graph(3, NULL);
         swap_in(hook, &a);
-        CHECK(evaluate(g, hook, 2) && outputs_are(g, &a) && mien_hook_strays(hook) == 0);
-        CHECK(mien_hook_swap(hook, 2, a.program, b.program) == MIEN_OK);
-        CHECK(evaluate(g, hook, 2) && outputs_are(g, &nothing) && mien_hook_strays(hook) == 1);
-        CHECK(mien_hook_swap(hook, 2, b.program, a.program) == MIEN_OK);
-        CHECK(evaluate(g, hook, 2) && outputs_are(g, &nothing) && mien_hook_strays(hook) == 2);
+        CHECK(evaluate(g, hook, 2) && outputs_are(g, &a) && mien_hook_unsteered(hook) == 0);
+        CHECK(swap_at(hook, 2, a.program, b.program) == MIEN_OK);
+        CHECK(evaluate(g, hook, 2) && outputs_are(g, &nothing) && mien_hook_unsteered(hook) == 1);
+        CHECK(swap_at(hook, 2, b.program, a.program) == MIEN_OK);
+        CHECK(evaluate(g, hook, 2) && outputs_are(g, &nothing) && mien_hook_unsteered(hook) == 2);
         tokens given;
         read_tokens(&given, "0@0* 1@0* 1@1*");
         CHECK(begin(hook, &given) == MIEN_OK && evaluate(g, hook, 2) && mien_hook_end(hook) == MIEN_OK);
-        CHECK(outputs_are(g, &a) && mien_hook_strays(hook) == 2);
-        CHECK(mien_hook_swap(hook, 2, a.program, a.program) == MIEN_OK);
-        CHECK(evaluate(g, hook, 2) && outputs_are(g, &a) && mien_hook_strays(hook) == 2);
+        CHECK(outputs_are(g, &a) && mien_hook_unsteered(hook) == 2);
+        CHECK(swap_at(hook, 2, a.program, a.program) == MIEN_OK);
+        CHECK(evaluate(g, hook, 2) && outputs_are(g, &a) && mien_hook_unsteered(hook) == 2);
         mien_hook_free(hook);
         mien_program_release(a.program);
         mien_program_release(b.program);
@@ -2502,8 +2555,8 @@ static void nothing_of_a_decode_is_left_outside_of_it(void) {
         mien_hook *hook = new_hook_of(both_paths[p], 2, 8, MIEN_ORDER_SIMPLE, MIEN_ORDER_NONE);
         const steer a = new_steer("012"), b = new_steer("23"), c = new_steer("13");
         graph *g = new_graph(3, NULL);
-        CHECK(mien_hook_swap(hook, 0, a.program, a.program) == MIEN_OK);
-        CHECK(mien_hook_swap(hook, 1, b.program, b.program) == MIEN_OK);
+        CHECK(swap_at(hook, 0, a.program, a.program) == MIEN_OK);
+        CHECK(swap_at(hook, 1, b.program, b.program) == MIEN_OK);
         mien_program_release(a.program);
         mien_program_release(b.program);
         tokens given;
@@ -2520,31 +2573,70 @@ static void nothing_of_a_decode_is_left_outside_of_it(void) {
     }
 }
 
-static void windows_and_memory_need_a_decode(void) {
+static void what_is_evaluated_outside_of_a_decode_is_followed(void) {
     for (size_t p = 0; p < LENGTH(both_paths); p++) {
         mien_hook *hook = new_hook(both_paths[p]);
         const steer latching = new_steer_like(&(steer){.gated = true, .latch = true}, "012"),
-                    windowed = new_steer_like(&(steer){.windowed = true, .stop = 100}, "012");
+                    windowed = new_steer_like(&(steer){.windowed = true, .stop = 100, .ramp = 8}, "012");
         graph *g = new_graph(4, NULL), *one = new_graph(1, NULL);
         history memory = {{{0}}};
+        hand expected;
         swap_in(hook, &latching);
         mien_hook_tell_reply(hook, 0, 0);
-        set_sign(one, 0, true);
+        set_sign(one, 0, false);
         CHECK(decode_one(hook, one, 0, &(acting){&latching, 0, &memory}, 1));
         for (int r = 0; r < 4; r++) set_sign(g, r, r == 1);
-        CHECK(evaluate(g, hook, 3) && outputs_are(g, &latching)); /* each row by itself */
-        CHECK(applied_at(hook, 1).rows == 1);
-        set_sign(one, 0, false);
-        CHECK(decode_one(hook, one, 1, &(acting){&latching, 1, &memory}, 1)); /* and nothing of it is remembered */
-        CHECK(applied_at(hook, 1).rows == 1);
+        CHECK(evaluate(g, hook, 3));
+        const acting latched_ones[] = {{&latching, 1, &memory}, {&latching, 2, &memory}, {&latching, 3, &memory}, {&latching, 4, &memory}};
+        long_hand(g, latched_ones, &expected);
+        CHECK(is_as(g, &expected) && applied_at(hook, 1).rows == 3);
         swap_in(hook, &windowed);
-        CHECK(evaluate(g, hook, 3) && outputs_are(g, &nothing));
+        CHECK(evaluate(g, hook, 3));
+        const acting grown[] = {{&windowed, 5, NULL}, {&windowed, 6, NULL}, {&windowed, 7, NULL}, {&windowed, 8, NULL}};
+        long_hand(g, grown, &expected);
+        CHECK(is_as(g, &expected));
+        mien_hook_tell_reply(hook, 0, -1);
+        CHECK(evaluate(g, hook, 3) && outputs_are(g, &nothing)); /* given, as several at once are */
         CHECK(applied_at(hook, 1).met && applied_at(hook, 1).rows == 0);
+        CHECK(evaluate(one, hook, 1));
+        long_hand(one, &(acting){&windowed, 0, NULL}, &expected); /* one more is a reply's */
+        CHECK(is_as(one, &expected));
+        look_nothing_up(one);
+        CHECK(evaluate(one, hook, 1) && outputs_are(one, &nothing)); /* and embeddings are given */
+        static const int32_t noted[][2] = {{4, 0}, {4, 0}, {4, 4}, {1, 0}, {1, 1}};
+        mien_stray strays[LENGTH(noted) + 1];
+        CHECK(mien_hook_strays(hook, strays, LENGTH(strays)) == LENGTH(noted));
+        for (size_t i = 0; i < LENGTH(noted); i++)
+            CHECK(strays[i].position == -1 && strays[i].rows == noted[i][0] && strays[i].given == noted[i][1]);
+        CHECK(strays[0].id != strays[1].id && strays[1].id == strays[4].id && strays[4].id == mien_hook_acted(hook));
+        CHECK(mien_hook_strays(hook, strays, LENGTH(strays)) == 0 && mien_hook_unsteered(hook) == 0);
+        for (int i = 0; i < 100; i++) evaluate(one, hook, 1); /* more than there is room for */
+        CHECK(mien_hook_strays(hook, strays, LENGTH(strays)) == -1 && mien_hook_strays(hook, strays, LENGTH(strays)) == 0);
         mien_hook_free(hook);
         mien_program_release(latching.program);
         mien_program_release(windowed.program);
         free(g);
         free(one);
+    }
+}
+
+/* Which of several sequences a token is of is not known, so neither is its number in a reply. */
+static void windows_of_several_sequences_need_a_decode(void) {
+    for (size_t p = 0; p < LENGTH(both_paths); p++) {
+        mien_hook *hook = new_hook_of(both_paths[p], 2, 8, MIEN_ORDER_SIMPLE, MIEN_ORDER_NONE);
+        const steer windowed = new_steer_like(&(steer){.windowed = true, .stop = 100}, "012"), plain = new_steer("1");
+        graph *g = new_graph(1, NULL);
+        CHECK(mien_hook_acted(hook) == 0);
+        swap_in(hook, &windowed);
+        CHECK(evaluate(g, hook, 1) && outputs_are(g, &nothing) && mien_hook_unsteered(hook) == 1);
+        CHECK(swap_at(hook, -1, NULL, plain.program) == MIEN_OK);
+        CHECK(evaluate(g, hook, 1) && outputs_are(g, &nothing) && mien_hook_unsteered(hook) == 2);
+        swap_in(hook, &plain);
+        CHECK(evaluate(g, hook, 1) && outputs_are(g, &plain) && mien_hook_unsteered(hook) == 2);
+        mien_hook_free(hook);
+        mien_program_release(windowed.program);
+        mien_program_release(plain.program);
+        free(g);
     }
 }
 
@@ -2581,17 +2673,17 @@ static void the_hook_keeps_what_it_was_given_and_lets_go_of_it(void) {
     const long with_hook = live_blocks;
     for (int i = 0; i < 3; i++) {
         const steer s = new_steer("1"), t = new_steer("1"); /* the hook's is the only reference left */
-        CHECK(mien_hook_swap(hook, i - 1 < 0 ? -1 : 0, s.program, t.program) == MIEN_OK);
+        CHECK(swap_at(hook, i - 1 < 0 ? -1 : 0, s.program, t.program) == MIEN_OK);
         mien_program_release(s.program);
         mien_program_release(t.program);
-        CHECK(live_blocks == with_hook + 2);
+        CHECK(live_blocks == with_hook + 3); /* with what is set, which keeps them */
     }
     graph *g = new_graph(2, NULL);
     evaluate(g, hook, 1);
     swap_in(hook, &nothing);
     evaluate(g, hook, 1);
     free(g);
-    CHECK(live_blocks == with_hook);
+    CHECK(live_blocks == with_hook + 2 + ROW_BLOCKS); /* that nothing is set, the graph's positions, and its rows */
     const steer s = new_steer_like(&(steer){.gated = true, .latch = true}, "1"), t = new_steer("2");
     tokens given;
     begin_plain(hook, &s, &given, 1, NULL);
@@ -2623,7 +2715,7 @@ static void *keep_applying(void *argument) {
         const steer *s = shared->choices[i % 2];
         float row[EMBD] = {0};
         mien_program *program = mien_program_retain(s->program);
-        mien_program_apply(program, MIEN_SITE_RESIDUAL, 2, row, 1, NULL);
+        mien_program_apply(program, MIEN_SITE_RESIDUAL, 2, row, 1, NULL, NULL);
         wrong += !same_bits(row, s->direction[2], EMBD);
         mien_program_release(program);
     }
@@ -2665,7 +2757,7 @@ static void *swap_often(void *argument) {
     shared_state *shared = argument;
     for (int i = 0; i < SWAPS; i++) {
         mien_program *program = shared->choices[i * 7 / 3 % CHOICES]->program;
-        CHECK(mien_hook_swap(shared->hook, i % 3 - 1, program, program) == MIEN_OK);
+        CHECK(swap_at(shared->hook, i % 3 - 1, program, program) == MIEN_OK);
     }
     shared->done = true;
     return NULL;
@@ -2783,7 +2875,8 @@ int main(void) {
     an_evaluation_outside_of_a_decode_takes_what_was_swapped_in_last();
     sequences_that_are_steered_differently_are_not_steered_outside_of_a_decode();
     nothing_of_a_decode_is_left_outside_of_it();
-    windows_and_memory_need_a_decode();
+    what_is_evaluated_outside_of_a_decode_is_followed();
+    windows_of_several_sequences_need_a_decode();
     a_swap_within_a_graph_waits_for_the_next();
     the_hook_keeps_what_it_was_given_and_lets_go_of_it();
     a_graph_is_of_one_program_while_others_are_swapped_in();

@@ -10,7 +10,7 @@ from .wrappers import homes_of, unwrap
 
 if TYPE_CHECKING:
     from ..registry import Registry
-    from ..steering import Steering
+    from ..steering import Runtime, Steering
 
 
 def init_from_model(model: Any, parameters: Any, path: str = "auto") -> Any:
@@ -18,6 +18,13 @@ def init_from_model(model: Any, parameters: Any, path: str = "auto") -> Any:
     from .llama_context import init_from_model
 
     return init_from_model(model, parameters, path)
+
+
+def free(context: Any) -> None:
+    """As llama_cpp.llama_free, of a context made by `init_from_model`; see runtimes.llama_context."""
+    from .llama_context import free
+
+    free(context)
 
 
 def attach(
@@ -43,36 +50,111 @@ def attach(
     for another vocabulary are refused.
     registry: where names in recipes are looked up; by default the packs on the search path.
 
-    Raises RuntimeNotSupported if it is no such model, is closed, has no weights, or, in llama.cpp, is
-    attached already. On error the model is as it was.
+    A model that is attached already is not attached twice: the Steering that it has is returned, with what is
+    set. Raises RuntimeNotSupported if that was attached with other options, if it is no such model, is
+    closed, or has no weights. On error the model is as it was.
     """
     from ..steering import Steering
 
     if path not in ("auto", "in-graph", "post-compute"):
         raise ValueError(f"path: expected auto, in-graph or post-compute, got {path!r}")
     model = unwrap(model)
-    # Told by the names of its classes, so that no runtime is imported for a model of another.
-    homes = set(homes_of(model))
-    if "llama_cpp.Llama" in homes:
-        from .llama import LlamaRuntime
+    home = _home(model)
+    options = {
+        "type": home,
+        "path": path,
+        "mix_cache": mix_cache,
+        "layers": layers,
+        "tokenizer": tokenizer,
+        "registry": registry,
+    }
+    if (found := steering_of(model)) is not None:
+        if other := [name for name, value in options.items() if found.options.get(name) != value]:
+            raise RuntimeNotSupported(
+                f"this model is attached already, with another {' and '.join(other)}: use "
+                "mien.steering_of(model), or mien.detach(model) first"
+            )
+        return found
+    steering = Steering(_runtime(home, model, path, mix_cache, layers, tokenizer), registry)
+    steering.options = options
+    return steering
 
-        return Steering(LlamaRuntime(model, path=path, mix_cache=mix_cache), registry)
-    if "llama_cpp.LlamaContext" in homes:
-        from .llama import WrapperRuntime
 
-        return Steering(WrapperRuntime(model, path=path), registry)
-    if homes & {"builtins.int", "ctypes.c_void_p"}:
-        from .llama_context import PointerRuntime
+def steering_of(model: Any) -> Steering | None:
+    """The Steering of an attached model, also one whose own was dropped; None if it is not attached."""
+    runtime: Runtime | None = None
+    model = unwrap(model)
+    match _home(model):
+        case "llama_cpp.Llama" | "llama_cpp.LlamaContext":
+            from . import llama
 
-        return Steering(PointerRuntime(model), registry)
-    if "transformers.PreTrainedModel" in homes:
-        from .hf import HFRuntime
+            runtime = llama.runtime_of(model)
+        case "builtins.int" | "ctypes.c_void_p":
+            from . import llama_context
 
-        return Steering(HFRuntime(model, layers=layers, tokenizer=tokenizer), registry)
-    if "mien.NumpyModel" in homes:
-        from .fake import NumpyRuntime
+            runtime = llama_context.runtime_of(model)
+        case "transformers.PreTrainedModel":
+            from . import hf
 
-        return Steering(NumpyRuntime(model), registry)
+            runtime = hf.runtime_of(model)
+        case "mien.NumpyModel":
+            from . import fake
+
+            runtime = fake.runtime_of(model)
+    return runtime.steering if runtime is not None else None
+
+
+def detach(model: Any) -> None:
+    """Leave `model` as it was before attaching; nothing happens if it is not attached."""
+    if (steering := steering_of(model)) is not None:
+        steering.detach()
+
+
+_HOMES = (
+    "llama_cpp.Llama",
+    "llama_cpp.LlamaContext",
+    "builtins.int",
+    "ctypes.c_void_p",
+    "transformers.PreTrainedModel",
+    "mien.NumpyModel",
+)
+
+
+def _home(model: Any) -> str:
+    """The class that tells whose model it is, by name: no runtime is imported for another one's model."""
+    names = homes_of(model)
+    return next((name for name in _HOMES if name in names), "")
+
+
+def _runtime(
+    home: str,
+    model: Any,
+    path: str,
+    mix_cache: bool,
+    layers: str | Sequence[Any] | None,
+    tokenizer: Any,
+) -> Runtime:
+    match home:
+        case "llama_cpp.Llama":
+            from .llama import LlamaRuntime
+
+            return LlamaRuntime(model, path=path, mix_cache=mix_cache)
+        case "llama_cpp.LlamaContext":
+            from .llama import WrapperRuntime
+
+            return WrapperRuntime(model, path=path)
+        case "builtins.int" | "ctypes.c_void_p":
+            from .llama_context import PointerRuntime
+
+            return PointerRuntime(model)
+        case "transformers.PreTrainedModel":
+            from .hf import HFRuntime
+
+            return HFRuntime(model, layers=layers, tokenizer=tokenizer)
+        case "mien.NumpyModel":
+            from .fake import NumpyRuntime
+
+            return NumpyRuntime(model)
     raise RuntimeNotSupported(
         f"expected a llama_cpp.Llama or a transformers model, got {type(model).__module__}."
         f"{type(model).__qualname__}"

@@ -8,6 +8,7 @@ making vectors asks.
 from __future__ import annotations
 
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -53,6 +54,12 @@ class NumpyModel:
         return rows if self.on_site is None else self.on_site(site, layer, rows)
 
 
+def runtime_of(model: NumpyModel) -> NumpyRuntime | None:
+    """What is attached to it."""
+    found = getattr(model.on_site, "__self__", None)
+    return found if isinstance(found, NumpyRuntime) else None
+
+
 class NumpyRuntime:
     """Steers a NumpyModel by the reference formulas."""
 
@@ -60,15 +67,18 @@ class NumpyRuntime:
     experts_used = 0
     turn = 1
 
+    steering: Steering | None = None
+
     def __init__(self, model: NumpyModel) -> None:
         if model.on_site is not None:
-            raise RuntimeNotSupported("this model is attached already; detach() first")
+            raise RuntimeNotSupported("this model is attached already: mien.detach(model) first")
         self.fingerprint = model.fingerprint
         self._model = model
         self._program = NOTHING
         self._applied = Applied(NOTHING.recipe, {})
         self._watch: Watch | None = None
         self._read: dict[int, tuple[Floats, Floats]] = {}  # by layer, before and after
+        self._swapping = threading.Lock()
         model.on_site = self._on_site
 
     def width(self, site: str, layer: int) -> int:
@@ -76,9 +86,17 @@ class NumpyRuntime:
             raise SiteNotFound(site, layer, "the NumPy model has no heads, neurons and experts")
         return self.fingerprint.n_embd
 
-    def swap(self, program: Programs) -> None:
-        assert isinstance(program, Program)
-        self._program = program
+    @property
+    def setting(self) -> Programs:
+        return self._program
+
+    def swap(self, programs: Programs, expected: Programs | None = None) -> bool:
+        assert isinstance(programs, Program)
+        with self._swapping:
+            if expected is not None and self._program is not expected:
+                return False
+            self._program = programs
+        return True
 
     def watch(self, watch: Watch | None) -> None:
         self._watch = watch

@@ -33,7 +33,7 @@ from torch.compiler import is_compiling
 
 from ..errors import RuntimeNotSupported, SiteNotFound, SteeringNotApplied
 from ..program import NOTHING
-from ..steering import Applied, LayerApplied, Programs
+from ..steering import Applied, LayerApplied, Programs, Steering
 from ..vector import Floats
 from ..watch import Watch
 from .hf_experts import Counts
@@ -64,6 +64,7 @@ class HFRuntime:
     """
 
     takes_rows = True
+    steering: Steering | None = None
 
     def __init__(
         self, model: Any, *, layers: str | Sequence[nn.Module] | None = None, tokenizer: Any = None
@@ -152,9 +153,16 @@ class HFRuntime:
 
     # ---- what is set ----
 
-    def swap(self, program: Programs) -> None:
+    @property
+    def setting(self) -> Programs:
+        return self._programs
+
+    def swap(self, programs: Programs, expected: Programs | None = None) -> bool:
         with self._swapping:
-            self._load(program, self._turn)
+            if expected is not None and self._programs is not expected:
+                return False
+            self._load(programs, self._turn)
+        return True
 
     @property
     def turn(self) -> int:

@@ -8,7 +8,7 @@ objects stay the same ones; while attached their classes are subclasses that kee
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,12 @@ import llama_cpp.llama_cpp as api
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from .. import engine
-from ..errors import RuntimeNotSupported
+from ..errors import RuntimeNotSupported, SteeringNotApplied
 from ..program import NOTHING, Key, Program
 from ..vector import Floats
 from .llama_context import (
     ContextRuntime,
+    Setting,
     fingerprint_of,
     new_hook,
     require_no_callback,
@@ -30,9 +31,13 @@ from .llama_context import (
     with_callback,
 )
 from .llama_sites import address_of, locate_sites
+from .llama_state import carry_settings, read_state, require_alike, write_state
 
 # What each position of the KV cache was computed under; None where that is not known.
 Tags: TypeAlias = "list[Key | None]"
+
+# As where a reply begins: nothing that is evaluated is a reply.
+_GIVEN = (1 << 31) - 1
 
 
 def probe_path() -> tuple[str, str]:
@@ -41,14 +46,18 @@ def probe_path() -> tuple[str, str]:
     return hook.path, hook.reason
 
 
+def runtime_of(model: Any) -> WrapperRuntime | None:
+    """What is attached to a Llama, or to its LlamaContext."""
+    found: WrapperRuntime | None = getattr(model, "_mien", None)
+    return found or getattr(getattr(model, "_ctx", None), "_mien", None)
+
+
 class WrapperRuntime(ContextRuntime):
     """Of a `LlamaContext`, whose llama_context is replaced by one with the hook."""
 
     def __init__(self, wrapper: Any, *, path: str = "auto", lora: tuple[Any, float] | None = None) -> None:
         if isinstance(wrapper, _SteeredContext):
-            raise RuntimeNotSupported(
-                "this model is attached already; use that Steering, or detach() it first"
-            )
+            raise RuntimeNotSupported("its LlamaContext is attached by itself: mien.detach(llm._ctx) first")
         if wrapper.ctx is None:
             raise RuntimeNotSupported("this model is closed; load it again")
         require_no_callback(wrapper.params)
@@ -60,13 +69,19 @@ class WrapperRuntime(ContextRuntime):
         try:
             n_sequences = set_batching(hook, new, parameters)
             sites = locate_sites(hook, new, fingerprint.n_layer)
-            _carry_over(wrapper.ctx, new, lora)
+            carry_settings(wrapper.ctx, new, lora)
+            state = read_state(wrapper.ctx)
+            hook.scout()  # so that nothing of the comparison is noted
+            require_alike(wrapper.ctx, new, state)
+            hook.nodes()
+            write_state(new, state)
         except BaseException:
             api.llama_free(new)
             raise
         _put_in(wrapper, new, parameters)
         super().__init__(fingerprint, hook, sites, n_sequences)
         wrapper._mien = self  # the model keeps the runtime alive, and with it the hook that its context calls
+        vars(wrapper).pop("_mien_hook", None)  # of a context that `release` kept, and that is freed now
         wrapper.__class__ = _subclass(_SteeredContext, type(wrapper))
 
     @property
@@ -76,67 +91,105 @@ class WrapperRuntime(ContextRuntime):
     def release(self) -> None:
         wrapper = self._wrapper
         if wrapper.ctx is not None:
-            new = _new_context(wrapper, self._plain)
-            try:
-                _carry_over(wrapper.ctx, new, self._lora)
-            except BaseException:
-                api.llama_free(new)
-                raise
-            _put_in(wrapper, new, self._plain)
+            self.swap(NOTHING)
+            self._put_plain_in()
         wrapper.__class__ = wrapper.__class__.__bases__[1]
         del wrapper._mien
 
+    def _put_plain_in(self) -> None:
+        """A context without a hook in the place of this one.
+
+        If llama.cpp was told things since that can't be asked for, such as LoRA adapters, this one stays: its
+        hook does nothing any more.
+        """
+        wrapper = self._wrapper
+        new = _new_context(wrapper, self._plain)
+        try:
+            carry_settings(wrapper.ctx, new, self._lora)
+            state = read_state(wrapper.ctx)
+            require_alike(wrapper.ctx, new, state)
+            write_state(new, state)
+        except RuntimeNotSupported:
+            api.llama_free(new)
+            wrapper._mien_hook, wrapper.params = self.hook, self._plain
+            return
+        except BaseException:
+            api.llama_free(new)
+            raise
+        _put_in(wrapper, new, self._plain)
+
     def forget(self, position: int = 0) -> None:
-        """The context's cache changed from `position` on."""
+        """What the context's cache holds from `position` on is not what it was."""
 
 
 class LlamaRuntime(WrapperRuntime):
-    """Delivers the activations of one `llama_cpp.Llama` to programs."""
+    """Delivers the activations of one `llama_cpp.Llama` to programs.
+
+    tags: what each position of the KV cache was computed under. outside: positions before this one hold what
+    was not evaluated through the Llama, such as a picture, and that it can't evaluate again.
+    """
 
     def __init__(self, llm: Any, *, path: str = "auto", mix_cache: bool = False) -> None:
-        if isinstance(llm, _SteeredLlama):
-            raise RuntimeNotSupported(
-                "this model is attached already; use that Steering, or detach() it first"
-            )
         if getattr(llm, "_ctx", None) is None:
             raise RuntimeNotSupported("this model is closed; load it again")
         self.mix_cache = mix_cache
         self.tags: Tags = [()] * llm.n_tokens
-        # While `generate`, `eval` or `capture` runs: where what the model was given ends. Positions from
-        # there on are its own.
-        self.prompt_end: int | None = None
-        self._told = False
+        self.outside = 0
+        self._prompt_end: int | None = None
         self._llm = llm
         wrapper, parameters = llm._ctx, llm.context_params
         wrapper.params = parameters
         lora = None if llm._lora_adapter is None else (llm._lora_adapter, llm.lora_scale)
+        llm._requires_eval = bool(llm.n_tokens)  # neither context holds its logits from here on
         super().__init__(wrapper, path=path, lora=lora)
-        llm._requires_eval = bool(llm.n_tokens)  # the new context holds no logits
         llm._mien = self
         llm.__class__ = _subclass(_SteeredLlama, type(llm))
 
     @property
     def program(self) -> Program:
-        """What acts on sequence 0, the only one that a Llama uses."""
+        """What is set for sequence 0, the only one that a Llama uses."""
         return self.programs[0]
 
+    @property
+    def prompt_end(self) -> int | None:
+        """While something is evaluated whose prompt is known: where what the model was given ends."""
+        return self._prompt_end
+
+    @prompt_end.setter
+    def prompt_end(self, position: int | None) -> None:
+        self._prompt_end = position
+        self.tell_reply(position, 0)
+
     def begin(self, raw: Any) -> None:
-        if self.prompt_end is not None or self._told:
-            self._told = self.prompt_end is not None
-            self.tell_reply(self.prompt_end, 0)
-        first = self._first(raw)
-        del self.tags[max(first, 0) :]  # not known until it has succeeded
+        self.note_strays()
+        del self.tags[max(self._first(raw), 0) :]  # not known until it has succeeded
         super().begin(raw)
 
-    def finish(self, raw: Any, done: int) -> None:
-        super().finish(raw, done)
+    def note(self, raw: Any) -> None:
         first, count = self._first(raw), raw.n_tokens
         if first >= 0:
-            tags, program = self.tags, self.program
-            tags += [None] * (first - len(tags))
-            given = min(max(self.hook.reply(0) - first, 0), count)
-            tags += [program.prompt.key] * given
-            tags += [program.response.key] * (count - given)
+            self._tag(first, count, min(max(self.hook.reply(0) - first, 0), count), self.acted)
+
+    def _tag(self, first: int, count: int, given: int, setting: Setting | None) -> None:
+        """Tokens from position `first` on were computed under that, `given` of them as a prompt's."""
+        tags = self.tags
+        del tags[first:]
+        tags += [None] * (first - len(tags))
+        if setting is None:
+            tags += [None] * count
+        else:
+            program = setting.programs[0]
+            tags += [program.prompt.key] * given + [program.response.key] * (count - given)
+
+    def note_strays(self) -> None:
+        """Take down what llama.cpp evaluated without the Llama: a picture, or somebody's own llama_decode."""
+        strays = self.hook.strays()
+        if strays is None:
+            self.outside = max(self.outside, self._llm.n_tokens)
+        for position, rows, given, setting in strays or ():
+            first = position if position >= 0 else len(self.tags)
+            self._tag(first, rows, given, setting)  # type: ignore[arg-type]
+            self.outside = max(self.outside, first + rows)
 
     def shift(self, by: int, sequence: int) -> None:
         super().shift(by, sequence)
@@ -151,25 +204,45 @@ class LlamaRuntime(WrapperRuntime):
         return -1 if count > 1 and raw.pos[count - 1] - first != count - 1 else first
 
     def forget(self, position: int = 0) -> None:
+        self.note_strays()
         del self.tags[position:]
+        self.outside = min(self.outside, position)
 
-    def loaded(self, tags: Tags, reply: int) -> None:
+    def loaded(self, tags: Tags, reply: int, outside: int) -> None:
         """Another state is in the context: its tags, and where its reply began. Gates begin anew."""
-        self.tags[:] = tags
+        self.hook.strays()
+        self.tags[:], self.outside = tags, outside
         self.hook.place(0, reply, len(tags))
         self.hook.begin_anew(0)
 
     def drop_other_recipes(self) -> None:
-        """Shorten what the Llama believes to be cached to what this recipe computes of a prompt."""
+        """Shorten what the Llama believes to be cached to what this recipe computes of a prompt.
+
+        Raises SteeringNotApplied if that would cut what was not evaluated through the Llama.
+        """
+        self.note_strays()
         if self.mix_cache:
             return
-        llm, key = self._llm, self.program.prompt.key
-        valid = 0
-        while valid < min(llm.n_tokens, len(self.tags)) and self.tags[valid] == key:
+        llm, valid = self._llm, self._valid(self.program.prompt.key)
+        if valid < min(self.outside, llm.n_tokens):
+            raise SteeringNotApplied(
+                f"positions {valid} to {self.outside - 1} were computed under another recipe and not by "
+                "this Llama (a picture?), which can't evaluate them again: call llm.reset() and evaluate the "
+                "whole prompt under this recipe, or attach with mix_cache=True to use them as they are"
+            )
+        self._cut(valid)
+
+    def _valid(self, key: Key) -> int:
+        """How many of the first positions were computed under it."""
+        valid, end = 0, min(self._llm.n_tokens, len(self.tags))
+        while valid < end and self.tags[valid] == key:
             valid += 1
-        if valid < llm.n_tokens:
-            llm.n_tokens = valid
-            llm._requires_eval = True
+        return valid
+
+    def _cut(self, valid: int) -> None:
+        if valid < self._llm.n_tokens:
+            self._llm.n_tokens = valid
+            self._llm._requires_eval = True
 
     def capture(self, tokens: Sequence[int], layers: Sequence[int], last: int) -> Floats:
         llm = self._llm
@@ -179,16 +252,19 @@ class LlamaRuntime(WrapperRuntime):
             return super().capture(tokens, layers, last)
         finally:
             self.prompt_end = None
-            self.tags.clear()
+            self.forget()
             llm.reset()
 
     def release(self) -> None:
         llm = self._llm
+        if llm._ctx.ctx is not None:
+            self.note_strays()
         super().release()
         if llm._ctx.ctx is not None:
-            # What is cached was computed under recipes that the plain model knows nothing of.
-            self.set, self.programs, self.mix_cache = NOTHING, (NOTHING,), False
-            self.drop_other_recipes()
+            # What is cached was computed under recipes that the plain model knows nothing of. It can't be
+            # told not to evaluate a picture's positions as text, either.
+            valid = self._valid(NOTHING.prompt.key)
+            self._cut(valid if valid >= min(self.outside, llm.n_tokens) else 0)
             llm._requires_eval = True
         llm.__class__ = llm.__class__.__bases__[1]
         del llm._mien
@@ -206,11 +282,15 @@ class _SteeredContext:
     def kv_cache_clear(self) -> None:
         super().kv_cache_clear()  # type: ignore[misc]
         self._mien.forget()
+        for sequence in range(self._mien.n_sequences):
+            self._mien.hook.rewind(sequence, 0)
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         removed: bool = super().kv_cache_seq_rm(seq_id, p0, p1)  # type: ignore[misc]
         if removed:
             self._mien.forget(max(p0, 0))
+            if p1 < 0 and self._mien.n_sequences == 1:
+                self._mien.hook.rewind(0, max(p0, 0))
         return removed
 
     def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
@@ -269,21 +349,36 @@ class _SteeredLlama:
             runtime.prompt_end = None
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        self._mien.turn = 1 + sum(message.get("role") == "assistant" for message in messages)
-        return super().create_chat_completion(messages, *args, **kwargs)  # type: ignore[misc]
+        runtime = self._mien
+        runtime.turn = 1 + sum(message.get("role") == "assistant" for message in messages)
+        # A chat handler may evaluate the prompt itself, in pieces; `generate` then says where the prompt
+        # ends.
+        runtime.prompt_end = _GIVEN
+        try:
+            return super().create_chat_completion(messages, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            runtime.prompt_end = None
 
     def save_state(self) -> Any:
+        """Its n_tokens are those that no recipe touched: all that a Llama without mien may use of it."""
+        runtime = self._mien
+        runtime.note_strays()
         state = super().save_state()  # type: ignore[misc]
-        known = self._mien.tags[: state.n_tokens]
+        known = runtime.tags[: state.n_tokens]
         state.mien_tags = [*known, *[None] * (state.n_tokens - len(known))]
-        state.mien_reply = self._mien.hook.reply(0)
+        state.mien_reply, state.mien_outside = runtime.hook.reply(0), min(runtime.outside, state.n_tokens)
+        state.mien_n_tokens, state.mien_scores = state.n_tokens, state.scores
+        state.n_tokens = runtime._valid(NOTHING.prompt.key)
+        state.scores = state.scores[: state.n_tokens]
         return state
 
     def load_state(self, state: Any) -> None:
-        super().load_state(state)  # type: ignore[misc]
-        # A state without them comes from a model that was not attached: all of it counts as given.
-        tags = getattr(state, "mien_tags", [()] * state.n_tokens)
-        self._mien.loaded(tags, getattr(state, "mien_reply", state.n_tokens))
+        # A state without tags comes from a model that was not attached: all of it counts as given.
+        whole, n_tokens = copy.copy(state), getattr(state, "mien_n_tokens", state.n_tokens)
+        whole.n_tokens, whole.scores = n_tokens, getattr(state, "mien_scores", state.scores)
+        super().load_state(whole)  # type: ignore[misc]
+        tags = getattr(state, "mien_tags", [()] * n_tokens)
+        self._mien.loaded(tags, getattr(state, "mien_reply", n_tokens), getattr(state, "mien_outside", 0))
 
     @property
     def cache(self) -> Any:
@@ -347,25 +442,6 @@ def _new_context(wrapper: Any, parameters: Any) -> Any:
     if not new:
         raise RuntimeNotSupported("llama.cpp could not make a second context (out of memory?)")
     return new
-
-
-def _carry_over(old: Any, new: Any, lora: tuple[Any, float] | None) -> None:
-    """Put `new` into the state of `old`. Raises RuntimeNotSupported."""
-    api.llama_set_n_threads(new, api.llama_n_threads(old), api.llama_n_threads_batch(old))
-    if lora is not None:
-        adapters = (api.llama_adapter_lora_p_ctypes * 1)(lora[0])
-        if api.llama_set_adapters_lora(new, adapters, 1, (ctypes.c_float * 1)(lora[1])):
-            raise RuntimeNotSupported("llama.cpp could not apply the model's LoRA again")
-    memory = api.llama_get_memory(old)
-    if memory is None or all(
-        api.llama_memory_seq_pos_max(memory, i) < 0 for i in range(api.llama_n_seq_max(old))
-    ):
-        return
-    size = api.llama_state_get_size(old)
-    state = (ctypes.c_uint8 * size)()
-    written = api.llama_state_get_data(old, state, size)
-    if api.llama_state_set_data(new, state, written) != written:
-        raise RuntimeNotSupported("llama.cpp could not carry the context's state over")
 
 
 def _put_in(wrapper: Any, new: Any, parameters: Any) -> None:

@@ -9,10 +9,12 @@ in the batch, and each sequence can have a program of its own.
 from __future__ import annotations
 
 import ctypes
-import weakref
+import itertools
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
 
 import llama_cpp
 import llama_cpp.llama_cpp as api
@@ -20,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import engine
-from ..errors import RecipeError, RuntimeNotSupported, SiteNotFound, SteeringNotApplied
+from ..errors import MienWarning, RecipeError, RuntimeNotSupported, SiteNotFound, SteeringNotApplied
 from ..fingerprint import Fingerprint, vocabulary_digest
 from ..program import NOTHING, Key, Program
-from ..steering import Applied, LayerApplied, Programs
+from ..steering import Applied, LayerApplied, Programs, Steering
 from ..vector import SITES, Floats
 from ..watch import Watch
 from .llama_sites import Located, address_of, locate_sites
@@ -53,31 +55,54 @@ class _Made:
 
     hook: engine.Hook
     sites: Located
-    parameters: Any
-    steered: weakref.ref[PointerRuntime] | None = None
+    runtime: PointerRuntime | None = None  # attached to it
 
 
-# By pointer. A hook must outlive its context, whose end is not seen from here: an entry stays until llama.cpp
-# makes another context at the same address.
+# By pointer. A hook must outlive its context, whose end is not seen from here: an entry stays until `free`,
+# or until llama.cpp makes another context at the same address.
 _made: dict[int, _Made] = {}
 
 
 def init_from_model(model: Any, parameters: Any, path: str = "auto") -> Any:
-    """As llama_cpp.llama_init_from_model, and the context can be attached to. Free it as any other.
+    """As llama_cpp.llama_init_from_model, and the context can be attached to. Free it with `free`.
 
     model, parameters: of llama_cpp's low-level interface. path: as for `attach`. Returns the context's
-    pointer, or None where llama.cpp makes none. One token is evaluated, to find the model's sites, and
-    forgotten. Raises RuntimeNotSupported where the parameters have an evaluation callback already.
+    pointer, or None if llama.cpp makes none. One token is evaluated, to find the model's sites, and
+    forgotten. Raises RuntimeNotSupported if the parameters have an evaluation callback already.
     """
     require_no_callback(parameters)
     fingerprint = fingerprint_of(model)
     hook = new_hook(fingerprint, path)
     parameters = with_callback(parameters, hook)
     context = api.llama_init_from_model(model, parameters)
-    if context:
+    if not context:
+        return None
+    try:
         set_batching(hook, context, parameters)
-        _made[_pointer(context)] = _Made(hook, locate_sites(hook, context, fingerprint.n_layer), parameters)
+        sites = locate_sites(hook, context, fingerprint.n_layer)
+    except BaseException:
+        api.llama_free(context)
+        raise
+    _made[_pointer(context)] = _Made(hook, sites)
     return context
+
+
+def free(context: Any) -> None:
+    """As llama_cpp.llama_free, of a context that `init_from_model` has made; its hook goes with it.
+
+    An attached Steering is detached. llama_free alone is safe, too, but leaves the hook in memory (some ten
+    kilobytes a layer).
+    """
+    made = _made.pop(_pointer(context), None)
+    if made is not None and made.runtime is not None:
+        made.runtime.close()
+    api.llama_free(context)
+
+
+def runtime_of(context: Any) -> PointerRuntime | None:
+    """What is attached to that pointer."""
+    made = _made.get(_pointer(context))
+    return made.runtime if made else None
 
 
 def require_no_callback(parameters: Any) -> None:
@@ -102,25 +127,67 @@ def set_batching(hook: engine.Hook, context: Any, parameters: Any) -> int:
     return int(n_sequences)
 
 
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What is set on a context, and what of it acts in one turn of a chat; immutable.
+
+    given: as it was set, for all turns. programs: in this turn, one for all sequences, or one for each.
+    alike: the same with one object for equal programs, since the engine steers sequences alike that have the
+    same one. generations: of each, a new number whenever its gates start without a state.
+    """
+
+    given: Programs
+    turn: int
+    programs: tuple[Program, ...]
+    alike: tuple[Program, ...]
+    generations: tuple[int, ...]
+
+    @cached_property
+    def acting(self) -> list[engine.Acting]:
+        return [
+            (one.prompt.compiled, one.response.compiled, generation)
+            for one, generation in zip(self.alike, self.generations)
+        ]
+
+    @cached_property
+    def stacks(self) -> bool:
+        """Whether several operations act one after another at any place."""
+        return any(
+            part.compiled and part.compiled.stacks for program in self.programs for part in program.parts
+        )
+
+    @cached_property
+    def counts(self) -> bool:
+        """Whether it matters what is given and what is a reply."""
+        return any(p.prompt is not p.response or p.response.counts for p in self.programs)
+
+
 class ContextRuntime:
     """Delivers the activations of one llama_context to programs.
 
-    context: its pointer; a subclass says where it is kept, and what `release` does to it.
+    context: its pointer; a subclass says where it is kept, and what `release` does to it. What is set is kept
+    in one place, the hook.
     """
+
+    steering: Steering | None = None
 
     def __init__(self, fingerprint: Fingerprint, hook: engine.Hook, sites: Located, n_sequences: int) -> None:
         self.fingerprint, self.hook, self.sites = fingerprint, hook, sites
         self.n_sequences = n_sequences
         self.takes_rows = n_sequences > 1
-        self.set: Programs = NOTHING  # for all turns
-        # At this turn: one for all sequences, or one for each.
-        self.programs: tuple[Program, ...] = (NOTHING,)
-        self._acting = [NOTHING] * n_sequences  # in the hook
-        self._turn = 1
+        self._generations = itertools.count(1)
+        self._warned = False
+        self._unsteered = hook.unsteered
         self._watch: Watch | None = None
-        self._strays = hook.strays
+        self._reading: Watch | None = None  # of the decode under way, with the floats that C writes
         self._readouts = np.empty((2, 0, 0, 0), dtype=np.float32)
         self._counts: npt.NDArray[np.int64] | None = None
+        self._counting: npt.NDArray[np.int64] | None = None  # from the next decode on
+        self._counted: npt.NDArray[np.int64] | None = None  # in the decode under way: C writes into it
+        first = Setting(NOTHING, 1, (NOTHING,), (NOTHING,), (next(self._generations),))
+        hook.swap(first, hook.setting)
+        hook.begin_anew(0)  # it is what acts, whatever did before
+        self.acted = first
 
     @property
     def context(self) -> Any:
@@ -130,45 +197,75 @@ class ContextRuntime:
     # ---- what acts ----
 
     @property
+    def _setting(self) -> Setting:
+        return cast(Setting, self.hook.setting)
+
+    @property
+    def setting(self) -> Programs:
+        return self._setting.given
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What is set, in this turn: one for all sequences, or one for each."""
+        return self._setting.programs
+
+    @property
+    def _acting(self) -> tuple[Program, ...]:
+        return self._setting.alike
+
+    @property
     def turn(self) -> int:
         """The number of the reply in a chat, from 1, that windows by turn go by."""
-        return self._turn
+        return self._setting.turn
 
     @turn.setter
     def turn(self, turn: int) -> None:
-        if turn != self._turn:
-            self._turn = turn
-            if any(program.turns for program in self._every):
-                self.swap(self.set)
+        while (before := self._setting).turn != turn and not self._put(before, before.given, turn):
+            pass
 
-    @property
-    def _every(self) -> tuple[Program, ...]:
-        return self.set if isinstance(self.set, tuple) else (self.set,)
-
-    def swap(self, program: Programs) -> None:
+    def swap(self, programs: Programs, expected: Programs | None = None) -> bool:
         if self.context is None:
             raise RuntimeNotSupported("this model is closed")
-        every = program if isinstance(program, tuple) else (program,)
-        if len(every) > self.n_sequences:
+        count = len(programs) if isinstance(programs, tuple) else 1
+        if count > self.n_sequences:
             raise RecipeError(
                 f"expected at most {self.n_sequences} recipes, one for each sequence of the context "
-                f"(n_seq_max), got {len(every)}"
+                f"(n_seq_max), got {count}"
             )
-        now = tuple(one.at_turn(self._turn) for one in every)
-        if isinstance(program, tuple):
-            now += (NOTHING,) * (self.n_sequences - len(now))
-            before = self.programs * (self.n_sequences if len(self.programs) == 1 else 1)
-            changed = [i for i, (old, new) in enumerate(zip(before, now)) if new is not old]
-            # To the engine sequences are steered alike that have one program, not two of the same floats.
-            known = {_keys(one): one for i, one in enumerate(self._acting) if i not in changed}
-            for sequence in changed:  # what its gates remember stays with the others
-                one = known.setdefault(_keys(now[sequence]), now[sequence])
-                self.hook.swap(one.prompt.compiled, one.response.compiled, sequence)
-                self._acting[sequence] = one
+        while True:
+            before = self._setting
+            if expected is not None and before.given is not expected:
+                return False
+            if self._put(before, programs, before.turn):
+                return True
+
+    def _put(self, before: Setting, given: Programs, turn: int) -> bool:
+        """Have `given` act in place of `before`; False if that is not what is set any more."""
+        every = given if isinstance(given, tuple) else (given,)
+        programs = tuple(one.at_turn(turn) for one in every)
+        if turn != before.turn and all(one is old for one, old in zip(programs, before.programs)):
+            new = replace(before, turn=turn)
+        elif isinstance(given, tuple):
+            new = self._of_sequences(before, given, turn, programs)
         else:
-            self.hook.swap(now[0].prompt.compiled, now[0].response.compiled)
-            self._acting = [now[0]] * self.n_sequences
-        self.set, self.programs = program, now
+            new = Setting(given, turn, programs, programs, (next(self._generations),))
+        return self.hook.swap(new, before)
+
+    def _of_sequences(
+        self, before: Setting, given: Programs, turn: int, programs: tuple[Program, ...]
+    ) -> Setting:
+        """Gates keep their state on sequences whose program stays the same."""
+        count = self.n_sequences
+        programs += (NOTHING,) * (count - len(programs))
+        spread = count if len(before.programs) == 1 else 1
+        stays = [new is old for new, old in zip(programs, before.programs * spread)]
+        old = list(zip(before.alike * spread, before.generations * spread))
+        known = {_keys(one): one for (one, _), stay in zip(old, stays) if stay}
+        alike, generations = [], []
+        for program, stay, (one, generation) in zip(programs, stays, old):
+            alike.append(one if stay else known.setdefault(_keys(program), program))
+            generations.append(generation if stay else next(self._generations))
+        return Setting(given, turn, programs, tuple(alike), tuple(generations))
 
     def tell_reply(self, position: int | None, sequence: int) -> None:
         self._require_sequence(sequence)
@@ -221,18 +318,42 @@ class ContextRuntime:
 
     def begin(self, raw: Any) -> None:
         """Before a llama_decode of the raw batch. Runs once a token, when everything has left the caches:
-        short on purpose, as is `finish`."""
-        if self._watch is not None:
-            self._make_room(raw.n_tokens)
+        short on purpose, as is `finish`.
+
+        What acts, what is read and what is counted is pinned here until the next decode: any thread may set
+        other things meanwhile.
+        """
+        if self._watch is not None or self._reading is not None:
+            self._pin_watch(self._watch, raw.n_tokens)
+        if self._counting is not self._counted:
+            self._pin_counts(self._counting)
+        if self._setting.stacks:
+            self.hook.threads(max(api.llama_n_threads(self.context), api.llama_n_threads_batch(self.context)))
         if status := self.hook.begin(ctypes.addressof(raw)):
             self._refuse(status)
+        self.acted = cast(Setting, self.hook.acted)
 
     def finish(self, raw: Any, done: int) -> None:
         """After it has succeeded. done: what the hook's end said. Raises SteeringNotApplied."""
         if done:
             self._raise(done)
-        if self._watch is not None:
+        self.note(raw)
+        if raw.n_tokens > 1 and not self._warned and self.acted.counts and self.hook.continued:
+            self._warn_of_drafts()
+        if self._reading is not None:
             self._take_readouts(raw.n_tokens)
+
+    def note(self, raw: Any) -> None:
+        """The batch's tokens are in the KV cache now, computed under `acted`."""
+
+    def _warn_of_drafts(self) -> None:
+        self._warned = True
+        warnings.warn(
+            "a reply continued with several tokens at once: they count as the prompt of a new turn. If they "
+            "are drafts that the model verifies, say where the reply begins: steering.reply_from(position)",
+            MienWarning,
+            stacklevel=5,
+        )
 
     def _refuse(self, status: int) -> None:
         try:
@@ -268,19 +389,21 @@ class ContextRuntime:
 
     @property
     def _places(self) -> list[tuple[str, int]]:
-        """The (site, layer) where anything acts at this turn, in order."""
-        every = [part.places for program in self.programs for part in program.parts]
+        """The (site, layer) where anything acted in the last evaluation, in order."""
+        acted = cast(Setting, self.hook.acted) or self.acted
+        every = [part.places for program in acted.programs for part in program.parts]
         return sorted({(site, n) for places in every for site, layers in places.items() for n in layers})
 
     def applied(self) -> Applied:
-        strays, self._strays = self._strays, self.hook.strays
-        if self._strays != strays:
+        unsteered, self._unsteered = self._unsteered, self.hook.unsteered
+        if self._unsteered != unsteered:
             raise SteeringNotApplied(
-                "llama_decode was called directly while sequences had recipes of their own, and was not "
-                "steered; call steering.decode(batch)"
+                "llama_decode was called directly and was not steered: which sequence its tokens belong to, "
+                "or whether they are a reply's, is not known; call steering.decode(batch) instead"
             )
-        recipes = tuple(program.recipe for program in self.programs)
-        result = Applied(recipes if isinstance(self.set, tuple) else recipes[0], {})
+        acted = cast(Setting, self.hook.acted) or self.acted
+        recipes = tuple(program.recipe for program in acted.programs)
+        result = Applied(recipes if isinstance(acted.given, tuple) else recipes[0], {})
         for site, layer in self._places:
             rows, moved, path, _ = self.hook.applied(site, layer)
             if rows:
@@ -288,23 +411,28 @@ class ContextRuntime:
         return result
 
     def watch(self, watch: Watch | None) -> None:
-        self.hook.watch(None if watch is None else watch.probe)
         self._watch = watch
-        self._readouts = np.empty((2, 0, 0, 0), dtype=np.float32)
 
-    def _make_room(self, count: int) -> None:
-        """For the next decode's readouts: (before and after, tokens, n_layer, vectors)."""
-        assert self._watch is not None
-        if self._readouts.shape[1] != count:
-            shape = 2, count, self.fingerprint.n_layer, self._watch.probe.count
-            self._readouts = np.empty(shape, dtype=np.float32)
-            self.hook.watch_into(*(part.ctypes.data for part in self._readouts))
+    def _pin_watch(self, watch: Watch | None, count: int) -> None:
+        """Have the next decode of `count` tokens read for `watch`: (before and after, tokens, n_layer,
+        vectors)."""
+        if watch is None:
+            self.hook.watch(None)
+            self._readouts = np.empty((2, 0, 0, 0), dtype=np.float32)
+        elif watch is not self._reading or self._readouts.shape[1] != count:
+            shape = 2, count, self.fingerprint.n_layer, watch.probe.count
+            readouts = np.empty(shape, dtype=np.float32)
+            before, after = (part.ctypes.data for part in readouts)
+            self.hook.watch(watch.probe, before, after, count)
+            self._readouts = readouts  # only now: C knew the others up to here
+        self._reading = watch
         self._readouts.fill(np.nan)
 
     def _take_readouts(self, count: int) -> None:
-        assert self._watch is not None
-        sequences, replies = self.hook.tokens(count)
-        self._watch.note(sequences, replies, self._readouts.take(self._watch.layers, axis=2))
+        watch = self._reading
+        if watch is not None and watch is self._watch:  # it was not stopped meanwhile
+            sequences, replies = self.hook.tokens(count)
+            watch.note(sequences, replies, self._readouts.take(watch.layers, axis=2))
 
     @property
     def experts_used(self) -> int:
@@ -312,14 +440,20 @@ class ContextRuntime:
 
     def count_experts(self, on: bool) -> None:
         if not on:
-            self.hook.count(None)
+            self._counting = None
             return
         if not self.sites.chosen:
             why = self.sites.missing.get("experts", "no node tells which are chosen")
             raise SiteNotFound("experts", None, why)
         n_expert = _integer(_metadata(api.llama_get_model(self.context)), "expert_count")
-        self._counts = np.zeros((self.fingerprint.n_layer, n_expert), dtype=np.int64)
-        self.hook.count(self._counts, self.experts_used, self.sites.chosen)
+        self._counts = self._counting = np.zeros((self.fingerprint.n_layer, n_expert), dtype=np.int64)
+
+    def _pin_counts(self, counts: npt.NDArray[np.int64] | None) -> None:
+        if counts is None:
+            self.hook.count(None)
+        else:
+            self.hook.count(counts, self.experts_used, self.sites.chosen)
+        self._counted = counts
 
     def expert_counts(self) -> dict[int, npt.NDArray[np.int64]]:
         if self._counts is None:
@@ -373,8 +507,6 @@ class ContextRuntime:
 class PointerRuntime(ContextRuntime):
     """Of a bare pointer that `init_from_model` gave. Its callback stays and does nothing once released."""
 
-    attached: bool
-
     def __init__(self, pointer: Any) -> None:
         made = _made.get(_pointer(pointer))
         if made is None:
@@ -382,25 +514,28 @@ class PointerRuntime(ContextRuntime):
                 "llama.cpp takes its evaluation callback only when a context is made: make this one with "
                 "mien.init_from_model(model, params) in place of llama_cpp.llama_init_from_model"
             )
-        if made.steered is not None and (other := made.steered()) is not None and other.attached:
-            raise RuntimeNotSupported("this context is attached already; use that Steering, or detach() it")
         self._context = pointer
-        self.attached = True
         fingerprint = fingerprint_of(api.llama_get_model(pointer))
         super().__init__(fingerprint, made.hook, made.sites, api.llama_n_seq_max(pointer))
-        self._let_go()  # of what a Steering that was dropped, not detached, has left
-        made.steered = weakref.ref(self)
+        made.runtime = self
 
     @property
     def context(self) -> Any:
         return self._context
 
     def release(self) -> None:
-        self._let_go()
-        self.attached = False
+        made = _made.get(_pointer(self._context))
+        if made is not None and made.runtime is self:
+            made.runtime = None
+            self._let_go()
+
+    def close(self) -> None:
+        """The context is freed."""
+        self._context = None
 
     def _let_go(self) -> None:
-        self.hook.swap(None, None)
+        super().swap(NOTHING)
+        self._watch = self._counting = None
         self.hook.watch(None)
         self.hook.count(None)
         for sequence in range(self.n_sequences):

@@ -21,7 +21,7 @@ from ..recipe import RecipeLike
 from ..steering import Steering
 from ..trie import Chunk, Mark, chunks, successors
 from ..vector import Floats
-from .llama_context import PointerRuntime, init_from_model
+from .llama_context import PointerRuntime, free, init_from_model
 from .llama_text import chat_tokens, raw_tokens
 
 LEAVES = 32  # sequences at once; more gain nothing on a CPU
@@ -60,7 +60,7 @@ class LlamaEvaluator:
         if self._context:
             self._steering.detach()
             api.llama_batch_free(self._batch)
-            api.llama_free(self._context)
+            free(self._context)
             self._context = None
 
     # ---- texts ----

@@ -1,0 +1,237 @@
+"""What a user has set on a context before attaching or while attached, and states saved with and without
+mien."""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import llama_cpp.llama_cpp as api
+import mien
+import numpy as np
+import pytest
+from llama_batches import own_control_vector
+from makers import DictRegistry, make_vector
+from mien.runtimes.llama_text import load_llama
+from tiny import N_VOCAB, build
+
+N_LAYER, N_EMBD = 4, 64
+VECTORS = [
+    make_vector(name, (1, 2, 3), seed, fingerprint=None, n_embd=N_EMBD, model_hint="llama")
+    for seed, name in enumerate("ab")
+]
+REGISTRY = DictRegistry(*VECTORS)
+TOKENS: list[int] = np.random.default_rng(0).integers(3, N_VOCAB, size=25).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    build("llama", path)
+    for seed in range(2):
+        _write_lora(path / f"{seed}.lora.gguf", path / "llama.gguf", seed)
+    return path
+
+
+def _write_lora(path: Path, base: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shapes = {tensor.name: tensor.shape for tensor in gguf.GGUFReader(base).tensors}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for layer in range(N_LAYER):
+        name = f"blk.{layer}.attn_q.weight"
+        width, height = map(int, shapes[name])
+        writer.add_tensor(f"{name}.lora_a", (0.3 * random.standard_normal((4, width))).astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", (0.3 * random.standard_normal((height, 4))).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def load(folder: Path) -> Iterator[Callable[..., Any]]:
+    loaded = []
+
+    def load(**options: Any) -> Any:
+        settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 32, "n_threads": 1, "seed": 1, **options}
+        loaded.append(load_llama(folder / "llama.gguf", **settings))
+        return loaded[-1]
+
+    yield load
+    for llm in loaded:
+        llm.close()
+
+
+def logits(llm: Any) -> np.ndarray:
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    llm.eval(TOKENS)
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).copy()
+
+
+def set_loras(llm: Any, *files: Path) -> None:
+    adapters = [api.llama_adapter_lora_init(llm._model.model, str(file).encode()) for file in files]
+    assert all(adapters)
+    handles = (api.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+    scales = (ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
+    assert api.llama_set_adapters_lora(llm._ctx.ctx, handles, len(adapters), scales) == 0
+
+
+def one_lora(llm: Any, folder: Path) -> None:
+    set_loras(llm, folder / "1.lora.gguf")
+
+
+def two_loras(llm: Any, folder: Path) -> None:
+    set_loras(llm, folder / "0.lora.gguf", folder / "1.lora.gguf")
+
+
+def not_causal(llm: Any, folder: Path) -> None:
+    api.llama_set_causal_attn(llm._ctx.ctx, False)
+
+
+def control_vector(llm: Any, folder: Path) -> None:
+    own_control_vector(llm._ctx.ctx, VECTORS[0], N_LAYER)
+
+
+HIDDEN = [one_lora, two_loras, not_causal, control_vector]
+
+
+def test_the_lora_of_a_llama_is_kept(load: Callable[..., Any], folder: Path) -> None:
+    lora = str(folder / "0.lora.gguf")
+    llm, plain = load(lora_path=lora), load(lora_path=lora)
+    expected = logits(plain)
+    assert not np.array_equal(expected, logits(load()))
+    steering = mien.attach(llm)
+    assert np.array_equal(logits(llm), expected)
+    steering.detach()
+    assert np.array_equal(logits(llm), expected)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora_path"])
+@pytest.mark.parametrize("hide", HIDDEN)
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_what_would_be_lost_is_refused_and_the_llama_stays_as_it_was(
+    load: Callable[..., Any], folder: Path, hide: Callable[[Any, Path], None], lora: bool, used: bool
+) -> None:
+    options = {"lora_path": str(folder / "0.lora.gguf")} if lora else {}
+    llm, twin = load(**options), load(**options)
+    for each in (llm, twin):
+        hide(each, folder)
+        if used:
+            each.eval(TOKENS[:9])
+    with pytest.raises(mien.RuntimeNotSupported, match="would be lost"):
+        mien.attach(llm)
+    assert type(llm) is llama_cpp.Llama
+    assert mien.steering_of(llm) is None
+    rows = []
+    for each in (llm, twin):  # what it held is there
+        each.eval(TOKENS[9:12] if used else TOKENS[:5])
+        rows.append(np.ctypeslib.as_array(each._ctx.get_logits(), shape=(each.n_vocab(),)).copy())
+    assert np.array_equal(*rows)
+    assert np.array_equal(logits(llm), logits(twin))
+
+
+@pytest.mark.parametrize("hide", [one_lora, two_loras, not_causal])
+def test_what_is_set_while_attached_stays_after_detach(
+    load: Callable[..., Any], folder: Path, hide: Callable[[Any, Path], None]
+) -> None:
+    plain, llm = load(), load(lora_path=str(folder / "0.lora.gguf"))
+    hide(plain, folder)
+    expected = logits(plain)
+    steering = mien.attach(llm, registry=REGISTRY)
+    hide(llm, folder)
+    if hide is not_causal:
+        set_loras(plain, folder / "0.lora.gguf")
+        expected = logits(plain)
+    assert np.array_equal(logits(llm), expected)
+    steering.set("a")
+    assert not np.array_equal(logits(llm), expected)
+    steering.detach()
+    assert type(llm) is llama_cpp.Llama
+    assert np.array_equal(logits(llm), expected)
+    with pytest.raises(mien.RuntimeNotSupported, match="would be lost"):
+        mien.attach(llm)
+    assert np.array_equal(logits(llm), expected)
+
+
+def test_a_context_whose_settings_are_undone_can_be_attached(load: Callable[..., Any], folder: Path) -> None:
+    llm, plain = load(), load()
+    steering = mien.attach(llm, registry=REGISTRY)
+    not_causal(llm, folder)
+    steering.detach()
+    api.llama_set_causal_attn(llm._ctx.ctx, True)
+    steering = mien.attach(llm, registry=REGISTRY)
+    assert np.array_equal(logits(llm), logits(plain))
+    steering.detach()
+    assert "_mien_hook" not in vars(llm._ctx)
+
+
+# ---- saved states ----
+
+
+def replied(llm: Any) -> list[int]:
+    stream = llm.generate(TOKENS, temp=0.0)
+    return [int(next(stream)) for _ in range(6)]
+
+
+def steered(load: Callable[..., Any], recipe: str) -> tuple[Any, mien.Steering, list[int]]:
+    llm = load()
+    steering = mien.attach(llm, registry=REGISTRY)
+    steering.set(recipe)
+    return llm, steering, replied(llm)
+
+
+@pytest.mark.parametrize("options", [{}, {"logits_all": True}], ids=["", "logits_all"])
+@pytest.mark.parametrize("recipe", ["a", 'a(when="response")', "a(start=2)"])
+def test_a_steered_state_is_not_used_by_a_plain_model(
+    load: Callable[..., Any], recipe: str, options: dict[str, bool]
+) -> None:
+    plain = load(**options)
+    expected = replied(plain)
+    llm = load(**options)
+    steering = mien.attach(llm, registry=REGISTRY)
+    steering.set(recipe)
+    found = replied(llm)
+    assert found != expected
+    state = llm.save_state()
+    steering.detach()
+    for other in (llm, load(**options)):  # the same model, and one that never was attached
+        other.load_state(pickle.loads(pickle.dumps(state)))
+        assert other.n_tokens == (0 if recipe == "a" else len(TOKENS))
+        assert replied(other) == expected
+
+
+@pytest.mark.parametrize("recipe", ["a", 'a(when="response")', 'a(when="prompt")'])
+def test_a_state_is_used_under_its_recipe_and_no_other(load: Callable[..., Any], recipe: str) -> None:
+    llm, _, expected = steered(load, recipe)
+    state = pickle.loads(pickle.dumps(llm.save_state()))
+    for other_recipe in (recipe, "b", ""):
+        other, steering, wanted = steered(load, other_recipe)
+        other.reset()
+        other.load_state(state)
+        other._mien.drop_other_recipes()
+        kept = other.n_tokens
+        prompt = steering.compile(recipe).prompt.key == steering.compile(other_recipe).prompt.key
+        assert (kept >= len(TOKENS)) == prompt
+        assert replied(other) == wanted
+        assert other_recipe != recipe or wanted == expected
+
+
+def test_a_plain_state_is_used_by_an_attached_model(load: Callable[..., Any]) -> None:
+    plain = load()
+    expected = replied(plain)
+    state = plain.save_state()
+    llm, steering, _ = steered(load, "a")
+    steering.clear()
+    llm.load_state(state)
+    llm._mien.drop_other_recipes()
+    assert llm.n_tokens == plain.n_tokens
+    assert replied(llm) == expected
