@@ -688,17 +688,28 @@ static bool ask_slot(slot *here, ggml_tensor *t) {
     return on_ask(here, t) && wait_for(here->hook, t, here);
 }
 
-static bool ask_named(mien_hook *hook, ggml_tensor *t, uint32_t sites) {
-    size_t length;
-    const char *name = hook->ggml.ggml_get_name(t);
-    const int32_t layer = layer_of(name, &length);
-    if (layer < 0 || layer >= hook->n_layer) return false;
-    for (int site = 0; site < MIEN_SITES; site++) {
+/* The place that is the node of that name, or NULL. */
+static slot *named_slot(mien_hook *hook, const char *name, int32_t layer, size_t length, uint32_t sites) {
+    for (int site = 0; layer >= 0 && layer < hook->n_layer && site < MIEN_SITES; site++) {
         if (!(sites & 1u << site)) continue;
         slot *here = slot_at(hook, (mien_site)site, layer);
-        if (here->width && !here->weight && is_stem(here->stem, name, length)) return ask_slot(here, t);
+        if (here->width && !here->weight && is_stem(here->stem, name, length)) return here;
     }
-    if (hook->count.counts && is_stem(hook->count.stem, name, length)) return wait_for(hook, t, NULL);
+    /* Named by what it goes into: the next block, or what follows the last, which has no number. */
+    const int32_t before = (layer < 0 ? hook->n_layer : layer) - 1;
+    if (!(sites & RESIDUAL) || before < 0 || before >= hook->n_layer) return NULL;
+    slot *here = slot_at(hook, MIEN_SITE_RESIDUAL, before);
+    return here->stem[0] == '=' && !strcmp(here->stem + 1, name) ? here : NULL;
+}
+
+static bool ask_named(mien_hook *hook, ggml_tensor *t, uint32_t sites) {
+    size_t length = 0;
+    const char *name = hook->ggml.ggml_get_name(t);
+    const int32_t layer = layer_of(name, &length);
+    slot *here = named_slot(hook, name, layer, length, sites);
+    if (here) return ask_slot(here, t);
+    if (hook->count.counts && layer >= 0 && layer < hook->n_layer && is_stem(hook->count.stem, name, length))
+        return wait_for(hook, t, NULL);
     return false;
 }
 

@@ -89,7 +89,8 @@ void *mien_hook_source(const mien_hook *hook, const void *tensor, int32_t i);
 
 /* Rows of (site, layer), `width` floats each, are the node called "stem-layer"; or where `weight` is not NULL
  * the product with that tensor, or the node that comes `tail` nodes after it by their first sources. The
- * residual stream is "l_out" with n_embd floats unless told. MIEN_ERR_SHAPE: the stem is too long. */
+ * residual stream is "l_out" with n_embd floats unless told. There a stem "=NAME" is the node called NAME, which
+ * ends in the number of the next layer, or, after the last, in none. MIEN_ERR_SHAPE: the stem is too long. */
 mien_status mien_hook_locate(mien_hook *hook, mien_site site, int32_t layer, int32_t width, const char *stem,
                              const void *weight, int32_t tail);
 

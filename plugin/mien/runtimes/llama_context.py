@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -117,7 +117,9 @@ def set_batching(hook: engine.Hook, context: Any, parameters: Any) -> int:
     """Tell `hook` how the context cuts batches. Returns for how many sequences it has room."""
     n_sequences, model = api.llama_n_seq_max(context), api.llama_get_model(context)
     unified = bool(parameters.kv_unified) or n_sequences == 1
-    if api.llama_model_is_recurrent(model):
+    if api.llama_get_memory(context) is None:
+        orders = ["simple"]  # of encoders: the whole batch at once
+    elif api.llama_model_is_recurrent(model):
         orders = ["sequential"]
     elif api.llama_model_is_hybrid(model):
         orders = ["equal" if unified else "sequential"]
@@ -282,9 +284,12 @@ class ContextRuntime:
             raise RuntimeNotSupported(f"sequence: expected 0 to {self.n_sequences - 1}, got {sequence}")
 
     def width(self, site: str, layer: int) -> int:
-        if site == "residual" and site not in {*self.sites.places, *self.sites.missing}:
-            return self.fingerprint.n_embd  # nobody has looked; if it is not met, that is an error then
         return self.sites.at(site, layer).width
+
+    def _require_residual(self, layers: Iterable[int]) -> None:
+        """Raises SiteNotFound."""
+        for layer in layers:
+            self.sites.at("residual", layer)
 
     # ---- decoding ----
 
@@ -372,8 +377,10 @@ class ContextRuntime:
             everywhere = [(site, layer) for site in SITES for layer in range(self.fingerprint.n_layer)]
             if not any(self.hook.applied(*place)[3] for place in everywhere):
                 raise SteeringNotApplied(
-                    "llama.cpp did not call mien while it computed: this context was not made by "
-                    "mien.init_from_model, but at the address of one that was, and is freed"
+                    "llama.cpp did not call mien while it computed, though it did when this "
+                    f"{self.fingerprint.architecture} model was attached: the context was freed, and another "
+                    "was made at its address without mien.init_from_model",
+                    sorted({layer for _, layer in acting}),
                 ) from None
             missing = [(site, layer) for site, layer in acting if not self.hook.applied(site, layer)[3]]
             places = missing or acting
@@ -411,6 +418,8 @@ class ContextRuntime:
         return result
 
     def watch(self, watch: Watch | None) -> None:
+        if watch is not None:
+            self._require_residual(watch.layers)
         self._watch = watch
 
     def _pin_watch(self, watch: Watch | None, count: int) -> None:
@@ -461,6 +470,7 @@ class ContextRuntime:
         return {layer: row.copy() for layer, row in enumerate(self._counts) if row.any()}
 
     def capture(self, tokens: Sequence[int], layers: Sequence[int], last: int) -> Floats:
+        self._require_residual(layers)
         tokens, context = list(tokens), self.context
         if len(tokens) > api.llama_n_ctx(context):
             raise ValueError(f"expected at most {api.llama_n_ctx(context)} tokens, got {len(tokens)}")
@@ -579,14 +589,30 @@ def _integer(metadata: Mapping[str, str], key: str) -> int:
 
 
 def fingerprint_of(model: Any) -> Fingerprint:
-    """What of a loaded model, by its pointer, must agree with a vector."""
+    """What of a loaded model, by its pointer, must agree with a vector.
+
+    Raises RuntimeNotSupported if the model has no blocks.
+    """
     metadata = _metadata(model)
-    vocabulary = api.llama_model_get_vocab(model)
-    texts = (api.llama_vocab_get_text(vocabulary, i) for i in range(api.llama_vocab_n_tokens(vocabulary)))
+    architecture = metadata.get("general.architecture", "unknown")
+    n_layer = api.llama_model_n_layer(model)
+    if n_layer <= 0:
+        blocks = _integer(metadata, "block_count")
+        why = "it was opened with vocab_only=True" if blocks else f"its {architecture}.block_count is 0"
+        raise RuntimeNotSupported(f"this model has no blocks to steer: {why}")
     return Fingerprint(
-        architecture=metadata.get("general.architecture", "unknown"),
-        n_layer=api.llama_model_n_layer(model),
+        architecture=architecture,
+        n_layer=n_layer,
         n_embd=api.llama_model_n_embd(model),
-        vocabulary=vocabulary_digest(texts),
+        vocabulary=_vocabulary(model),
         name=metadata.get("general.basename") or metadata.get("general.name", ""),
     )
+
+
+def _vocabulary(model: Any) -> str:
+    """The digest of a model's token texts; empty if it has none, where llama.cpp would end the process."""
+    vocabulary = api.llama_model_get_vocab(model)
+    if api.llama_vocab_type(vocabulary) == api.LLAMA_VOCAB_TYPE_NONE:
+        return ""
+    count = api.llama_vocab_n_tokens(vocabulary)
+    return vocabulary_digest(api.llama_vocab_get_text(vocabulary, i) for i in range(count))

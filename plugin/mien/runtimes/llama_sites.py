@@ -3,7 +3,9 @@
 A node that is the product with a weight is known by the weight, whose name is the file's: the attention's
 output by blk.N.attn_output.weight, an MLP's by blk.N.ffn_down.weight, a router's logits by
 blk.N.ffn_gate_inp.weight. What goes into the first two are the heads and the neurons, and those nodes have
-names. What no name or weight tells is missing, and why is kept.
+names. A block's output is called l_out-N; in an architecture that names it otherwise it is the node that
+block N + 1 begins with: the one that goes into that block's first weight. What no name or weight tells is
+missing, and why is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ from ..errors import SiteNotFound
 from ..vector import SITES
 
 _WEIGHT = re.compile(r"blk\.(\d+)\.(attn_output|ffn_down|ffn_gate_inp)\.weight")
+_BLOCK = re.compile(r"(?:\w+\.)?blk\.(\d+)\..+")
 _NAMED = re.compile(r"(.+)-(\d+)")
+_UNNAMED = re.compile(r"|node_\d+")  # ggml's own names; their numbers differ from graph to graph
+# What stands between a block's output and the first weight that it meets.
+_PASSING = {"NORM", "RMS_NORM", "L2_NORM", "RESHAPE", "VIEW", "CONT", "GET_ROWS"}
 _CHOSEN = "ffn_moe_argsort"  # a row of it begins with the experts that were chosen
 _TAIL = 2  # a product's bias, or scale, and no more
 
@@ -55,12 +61,13 @@ class Located:
         return place
 
 
-class _Node(NamedTuple):
+class Node(NamedTuple):
     address: int
     name: str
     operation: str
     sources: tuple[int, int]
     width: int
+    rows: int
 
 
 def address_of(name: str) -> int:
@@ -77,58 +84,82 @@ def locate_sites(hook: Hook, context: Any, n_layer: int) -> Located:
     The hook, which is the context's, is told of every one that is found.
     """
     found = Located()
-    memory = api.llama_get_memory(context)
-    if memory is None:
-        found.missing = dict.fromkeys(SITES[1:], "the model makes embeddings only")
+    nodes = scout(hook, context)
+    if not nodes:
+        found.missing = dict.fromkeys(SITES, "llama.cpp could not evaluate a token to look for it")
         return found
-    hook.scout()
-    nodes: list[_Node] = []
-    try:
-        if _evaluate_one(context) == 0:
-            nodes = _read(hook)
-    finally:
-        hook.nodes()
-        api.llama_memory_clear(memory, True)
-        api.llama_perf_context_reset(context)
-    _Search(nodes, n_layer, found).run()
+    Search(nodes, n_layer, found, _architecture(context)).run()
     for site, places in found.places.items():
         for layer, place in places.items():
             hook.locate(site, layer, *place)
     return found
 
 
-def _evaluate_one(context: Any) -> int:
+def scout(hook: Hook, context: Any) -> list[Node]:
+    """The nodes of the graph that evaluates one token in `context`, in order; none if llama.cpp can't.
+
+    An encoder-decoder's are those of its decoder.
+    """
+    model, memory = api.llama_get_model(context), api.llama_get_memory(context)
+    evaluate = api.llama_decode
+    if api.llama_model_has_encoder(model):
+        evaluate = api.llama_encode
+        if api.llama_model_has_decoder(model):  # which llama.cpp ends the process without
+            _evaluate_one(api.llama_encode, context)
+            evaluate = api.llama_decode
+    hook.scout()
+    nodes: list[Node] = []
+    try:
+        if _evaluate_one(evaluate, context) == 0:
+            nodes = _read(hook)
+    finally:
+        hook.nodes()
+        if memory is not None:
+            api.llama_memory_clear(memory, True)
+        api.llama_perf_context_reset(context)
+    return nodes
+
+
+def _evaluate_one(evaluate: Callable[[Any, Any], int], context: Any) -> int:
     batch = api.llama_batch_init(1, 0, 1)
     try:
         batch.n_tokens = batch.n_seq_id[0] = batch.logits[0] = 1
         batch.token[0] = batch.pos[0] = batch.seq_id[0][0] = 0
-        return int(api.llama_decode(context, batch))
+        return int(evaluate(context, batch))
     finally:
         api.llama_batch_free(batch)
 
 
-def _read(hook: Hook) -> list[_Node]:
+def _architecture(context: Any) -> str:
+    text = ctypes.create_string_buffer(64)
+    api.llama_model_meta_val_str(api.llama_get_model(context), b"general.architecture", text, len(text))
+    return text.value.decode(errors="replace")
+
+
+def _read(hook: Hook) -> list[Node]:
     text = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)
     number = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
     name, operation = text(address_of("ggml_get_name")), text(address_of("ggml_op_desc"))
     elements, rows = number(address_of("ggml_nelements")), number(address_of("ggml_nrows"))
     return [
-        _Node(
+        Node(
             node,
             name(node).decode(errors="replace"),
             operation(node).decode(),
             (hook.source(node, 0), hook.source(node, 1)),
             elements(node) // max(rows(node), 1),
+            rows(node),
         )
         for node in hook.nodes()
     ]
 
 
-class _Search:
+class Search:
     """Looks through the nodes of one graph."""
 
-    def __init__(self, nodes: list[_Node], n_layer: int, found: Located) -> None:
+    def __init__(self, nodes: list[Node], n_layer: int, found: Located, architecture: str) -> None:
         self.nodes, self.n_layer, self.found = nodes, n_layer, found
+        self.architecture = architecture
         self.by_address = {node.address: node for node in nodes}
         self.names = Counter(node.name for node in nodes)
         self.products = {}  # (weight's kind, layer): number of the node
@@ -155,27 +186,69 @@ class _Search:
 
     def named(self, site: str, layer: int, stem: str) -> bool:
         """Take the one node of that name for the place."""
-        node = next((node for node in self.nodes if node.name == f"{stem}-{layer}"), None)
-        if node is None or self.names[node.name] != 1:
+        name = stem[1:] if stem.startswith("=") else f"{stem}-{layer}"
+        node = next((node for node in self.nodes if node.name == name), None)
+        if node is None or self.names[name] != 1:
             return False
         self.add(site, layer, Place(node.width, stem))
         return True
 
     def residual(self) -> None:
-        """l_out-N; in a family that calls it otherwise, the last sum of each block."""
-        if all(self.named("residual", layer, "l_out") for layer in range(self.n_layer)):
+        every = range(self.n_layer)
+        if all(self.named("residual", layer, "l_out") for layer in every):
             return
         self.found.places.pop("residual", None)
-        last: dict[int, str] = {}
-        for node in self.nodes:
-            match = _NAMED.fullmatch(node.name)
-            if match and node.operation == "ADD":
-                last[int(match[2])] = match[1]
-        stems = {last.get(layer, "") for layer in range(self.n_layer)}
-        stem = stems.pop() if len(stems) == 1 else ""
-        if not stem or not all(self.named("residual", layer, stem) for layer in range(self.n_layer)):
+        outputs = self.block_outputs()
+        # A model of several residual streams has a row for each; all blocks have as many.
+        known = len(outputs) == self.n_layer and len({node.rows for node in outputs.values()}) == 1
+        if not known or not all(
+            self.named("residual", layer, self.stem_of(outputs[layer].name, layer)) for layer in every
+        ):
             self.found.places.pop("residual", None)
-            self.found.missing["residual"] = "blocks end in no node l_out-N, nor in sums of one other name"
+            self.found.missing["residual"] = (
+                f"where blocks put out their results is not known in {self.architecture} models: they are "
+                "not named l_out-N, and what each block begins with has no name either"
+            )
+
+    def stem_of(self, name: str, layer: int) -> str:
+        """What Hook.locate takes for a block's output of that name; it may be named by what it goes into."""
+        number, stem = self.n_layer, name
+        if match := _NAMED.fullmatch(name):
+            stem, number = match[1], int(match[2])
+        if number == layer:
+            return stem
+        return f"={name}" if number == layer + 1 and not _UNNAMED.fullmatch(name) else "="
+
+    def block_outputs(self) -> dict[int, Node]:
+        """What each block puts out, told by weights: the node that the next block's first weight meets.
+
+        The next block of the last are the model's own weights, such as the output's norm.
+        """
+        found: dict[int, Node] = {}
+        depths: dict[int, int] = {}  # the last block whose weights went into a node
+        for node in self.nodes:
+            weights = [self.block_of(source) for source in node.sources]
+            inputs = [depths.get(source, -1) for source in node.sources]
+            for weight, depth, source in zip(weights, reversed(inputs), reversed(node.sources)):
+                if depth >= 0 and weight == depth + 1 and depth not in found:
+                    found[depth] = self.passed(self.by_address[source])
+            depths[node.address] = max(*inputs, *(weight for weight in weights if weight < self.n_layer))
+        return found
+
+    def block_of(self, address: int) -> int:
+        """The block that a weight belongs to, n_layer for one of the model's own, -1 for anything else."""
+        if not address or address in self.by_address:
+            return -1
+        name = self.name_of(address)
+        if match := _BLOCK.fullmatch(name):
+            return int(match[1])
+        return self.n_layer if name.endswith(".weight") else -1
+
+    def passed(self, node: Node) -> Node:
+        """The node that a norm, or a selection of rows, was made of."""
+        while node.operation in _PASSING and node.sources[0] in self.by_address:
+            node = self.by_address[node.sources[0]]
+        return node
 
     def product(self, site: str, kind: str) -> None:
         for layer in range(self.n_layer):
