@@ -1498,6 +1498,31 @@ static void a_place_can_be_located_anew(void) {
     free(g);
 }
 
+/* As in Step 3.5: the next block calls it what it takes it for, and what follows the last has no number. */
+static void a_block_is_told_by_the_name_of_what_its_output_goes_into(void) {
+    for (size_t p = 0; p < LENGTH(both_paths); p++) {
+        mien_hook *hook = new_hook(both_paths[p]);
+        graph *g = new_graph(3, NULL);
+        for (int32_t layer = 0; layer < LAYERS; layer++) {
+            char stem[32];
+            snprintf(stem, sizeof stem, layer < LAYERS - 1 ? "=norm_in-%d" : "=h_next", (int)layer + 1);
+            snprintf(g->outputs[layer]->name, sizeof g->outputs[layer]->name, "%s", stem + 1);
+            CHECK(mien_hook_locate(hook, MIEN_SITE_RESIDUAL, layer, EMBD, stem, NULL, 0) == MIEN_OK);
+        }
+        const steer s = new_steer("0123"), last = new_steer("3");
+        char *name = g->outputs[LAYERS - 1]->name;
+        snprintf(name, sizeof g->outputs[0]->name, "h_next-%d", LAYERS);
+        CHECK(decode(hook, &last, g, 1) == MIEN_ERR_NOT_MET && outputs_are(g, &nothing));
+        *strrchr(name, '-') = 0;
+        CHECK(decode(hook, &last, g, 1) == MIEN_OK && outputs_are(g, &last));
+        CHECK(decode(hook, &s, g, 1) == MIEN_OK && outputs_are(g, &s));
+        mien_hook_free(hook);
+        mien_program_release(s.program);
+        mien_program_release(last.program);
+        free(g);
+    }
+}
+
 static void rows_of_another_form_at_a_site_are_an_error_and_untouched(void) {
     static const place at = {AT_HEADS, MIEN_SITE_HEADS, "kqv_out", 0};
     for (size_t i = 0; i < LENGTH(other_forms); i++) {
@@ -2844,6 +2869,7 @@ int main(void) {
     several_sites_are_steered_in_one_graph();
     a_place_that_never_comes_is_an_error();
     a_place_can_be_located_anew();
+    a_block_is_told_by_the_name_of_what_its_output_goes_into();
     rows_of_another_form_at_a_site_are_an_error_and_untouched();
     the_residual_stream_can_have_another_name();
     a_place_that_cannot_be_is_refused();
