@@ -43,8 +43,11 @@ _SIZES: Mapping[str, Any] = {
 _TENSOR = re.compile(r"(?:(?P<prefix>\w+)/)?(?P<name>[\w.]+)(?P<bare>!?):(?P<shape>[\d,]+)")
 
 
-def build_family(architecture: str, folder: Path) -> Path:
-    """Write the GGUF in `folder`: the same bytes each time, all of them float32."""
+def build_family(architecture: str, folder: Path, *, vocabulary: bool = True) -> Path:
+    """Write the GGUF in `folder`: the same bytes each time, all of them float32.
+
+    vocabulary: whether it says what its tokens are; else only how many there are.
+    """
     path, family = folder / f"{architecture}.gguf", _TABLES["architectures"][architecture]
     writer = gguf.GGUFWriter(path, architecture)
     keys = dict(_SIZES)
@@ -54,7 +57,10 @@ def build_family(architecture: str, folder: Path) -> Path:
         # Most keys are the architecture's; these belong to nobody.
         whole = key if key.startswith(("xielu.", "tokenizer.")) else f"{architecture}.{key}"
         _add(writer, whole, value)
-    write_vocabulary(writer, N_VOCAB)
+    if vocabulary:
+        write_vocabulary(writer, N_VOCAB)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     random = np.random.default_rng(SEED)
     for name, shape in _tensors(family):
         writer.add_tensor(name, _weights(random, name, shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from .models import find_model
 # transformers' name and gpt2's; the same in a GGUF file is ARCHITECTURE.block_count.
 _N_LAYER = ("num_hidden_layers", "n_layer", "num_layers")
 _N_EMBD = ("hidden_size", "n_embd", "d_model")
+_OTHER_KINDS = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "a multimodal projector",
+    "imatrix": "an importance matrix",
+}
 
 
 def fingerprint_of(path: str | Path) -> Fingerprint:
@@ -23,7 +28,8 @@ def fingerprint_of(path: str | Path) -> Fingerprint:
     path: a GGUF file, or a transformers model's folder, of which config.json alone is read: its
     fingerprint has no vocabulary, and none is compared.
 
-    Raises ModelNotFound where there is no such model, or its file does not say what is needed.
+    Raises ModelNotFound if there is no such model, the file is something else or a later part of a split
+    model, or it does not say what is needed.
     """
     path = Path(path)
     data = _of_folder(path) if path.is_dir() else _of_gguf(find_model(path))
@@ -61,8 +67,7 @@ def _of_gguf(path: Path) -> dict[str, Any]:
             return fields[key].contents() if key in fields else default
 
         architecture = value("general.architecture")
-        if architecture == "controlvector":
-            raise ModelNotFound(f"{path}: expected a model, got a vector")
+        _require_model(path, architecture, value)
         blocks = value(f"{architecture}.block_count")
         # Blocks that only guess ahead belong to the file's count, and not to llama.cpp's.
         ahead = value(f"{architecture}.nextn_predict_layers", 0)
@@ -78,6 +83,20 @@ def _of_gguf(path: Path) -> dict[str, Any]:
         raise ModelNotFound(f"{path}: {error.problem}") from error
     except BROKEN as error:
         raise ModelNotFound(f"{path}: the metadata is broken ({error})") from error
+
+
+def _require_model(path: Path, architecture: Any, value: Callable[..., Any]) -> None:
+    """Raises ModelNotFound for a GGUF that is known to be something else, and says what."""
+    if architecture == "controlvector":
+        raise ModelNotFound(f"{path}: expected a model, got a vector")
+    kind = value("general.type", "model")
+    if kind in _OTHER_KINDS:
+        raise ModelNotFound(f"{path}: expected a model, got {_OTHER_KINDS[kind]} (general.type is {kind!r})")
+    if part := value("split.no", 0):
+        raise ModelNotFound(
+            f"{path}: this is part {part + 1} of {value('split.count', 'several')} of a split model; name "
+            "its first part, which describes the model (-00001-of-...)"
+        )
 
 
 def _texts(tokens: Any) -> Iterator[bytes]:
