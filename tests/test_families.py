@@ -18,6 +18,7 @@ import pytest
 from families import ARCHITECTURES, N_EMBD, N_LAYER, build_family
 from llama_batches import Contexts, Row, new_batch
 from mien.modelfile import fingerprint_of
+from mien.recipe import Recipe, Term
 from mien.runtimes.llama_sites import Located, Search, scout
 from mien.vector import Floats, Vector
 from tiny import N_VOCAB
@@ -44,6 +45,7 @@ RENAMED = {
     "step35": ["attn_norm_in-1", "attn_norm_in-2", "attn_norm_in-3", "h_nextn"],
 }
 
+STREAMS = {"deepseek4": 4, "gemma3n": 4, "glm5-next": 4, "hy_v4": 2, "qwen4exp": 2}
 LOOPED = ["hrm_text"]  # the same blocks are run again and again, under new numbers
 
 PROMPT = np.random.default_rng(0).integers(3, N_VOCAB, size=21).tolist()
@@ -180,6 +182,25 @@ def test_every_block_is_steered_where_llama_cpp_steers_only_mlps(
     for path in PATHS:
         assert not np.isclose(family.steered(attention, path), plain).all()
         np.testing.assert_allclose(family.steered(mlp, path), family.own(2, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "streams"), STREAMS.items())
+def test_several_residual_streams_are_steered_alike_or_not_at_all(
+    architecture: str, streams: int, open_family: Callable[[str], Family]
+) -> None:
+    family = open_family(architecture)
+    context = family.make()
+    steering = mien.attach(context)
+    for ask in (lambda: steering.watch(VECTOR), lambda: steering.capture(PROMPT)):
+        with pytest.raises(mien.SiteNotFound, match=f"{streams} residual streams in {architecture} models"):
+            ask()
+    plain = family.outputs(context, steering.decode)
+    steering.set(Recipe((Term(1.0, VECTOR, start=1),)))
+    with pytest.raises(mien.SteeringNotApplied, match=f"{streams} residual streams") as error:
+        family.outputs(context, steering.decode)
+    assert error.value.layers == (1, 2, 3)
+    steering.clear()
+    assert np.array_equal(family.outputs(context, steering.decode), plain)
 
 
 @pytest.mark.parametrize("architecture", UNNAMED)

@@ -287,9 +287,16 @@ class ContextRuntime:
         return self.sites.at(site, layer).width
 
     def _require_residual(self, layers: Iterable[int]) -> None:
-        """Raises SiteNotFound."""
+        """Raises SiteNotFound if the residual stream can't be read at one of those layers."""
         for layer in layers:
             self.sites.at("residual", layer)
+            if self.sites.streams > 1:
+                raise SiteNotFound(
+                    "residual",
+                    layer,
+                    f"a token has {self.sites.streams} residual streams in {self.fingerprint.architecture} "
+                    "models, which can be steered but not read",
+                )
 
     # ---- decoding ----
 
@@ -381,6 +388,13 @@ class ContextRuntime:
                     f"{self.fingerprint.architecture} model was attached: the context was freed, and another "
                     "was made at its address without mien.init_from_model",
                     sorted({layer for _, layer in acting}),
+                ) from None
+            if self.sites.streams > 1 and "residual" in {site for site, _ in acting}:
+                raise SteeringNotApplied(
+                    f"a token has {self.sites.streams} residual streams in {self.fingerprint.architecture} "
+                    "models. They are steered only if the same acts on all tokens of a batch: without "
+                    "windows and gates, and with one recipe for all sequences of the batch",
+                    sorted({layer for site, layer in acting if site == "residual"}),
                 ) from None
             missing = [(site, layer) for site, layer in acting if not self.hook.applied(site, layer)[3]]
             places = missing or acting

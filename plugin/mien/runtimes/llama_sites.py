@@ -46,12 +46,14 @@ class Place(NamedTuple):
 class Located:
     """Where the sites are. places: {site: {layer: Place}}. missing: {site: why it was not found}.
 
-    chosen: the stem of the nodes that say which experts were chosen, "" where there are none.
+    chosen: the stem of the nodes that say which experts were chosen, "" where there are none. streams: how
+    many residual streams a token has, which are all steered alike.
     """
 
     places: dict[str, dict[int, Place]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     chosen: str = ""
+    streams: int = 1
 
     def at(self, site: str, layer: int) -> Place:
         """Raises SiteNotFound."""
@@ -184,31 +186,35 @@ class Search:
     def add(self, site: str, layer: int, place: Place) -> None:
         self.found.places.setdefault(site, {})[layer] = place
 
-    def named(self, site: str, layer: int, stem: str) -> bool:
-        """Take the one node of that name for the place."""
+    def named(self, site: str, layer: int, stem: str) -> Node | None:
+        """Take the one node of that name for the place, if there is one."""
         name = stem[1:] if stem.startswith("=") else f"{stem}-{layer}"
         node = next((node for node in self.nodes if node.name == name), None)
         if node is None or self.names[name] != 1:
-            return False
+            return None
         self.add(site, layer, Place(node.width, stem))
-        return True
+        return node
 
     def residual(self) -> None:
-        every = range(self.n_layer)
-        if all(self.named("residual", layer, "l_out") for layer in every):
+        """By name; or, in a family that names it otherwise, by the weights that it goes into."""
+        if self.residual_is(dict.fromkeys(range(self.n_layer), "l_out")):
             return
-        self.found.places.pop("residual", None)
         outputs = self.block_outputs()
-        # A model of several residual streams has a row for each; all blocks have as many.
-        known = len(outputs) == self.n_layer and len({node.rows for node in outputs.values()}) == 1
-        if not known or not all(
-            self.named("residual", layer, self.stem_of(outputs[layer].name, layer)) for layer in every
-        ):
-            self.found.places.pop("residual", None)
+        if not self.residual_is({layer: self.stem_of(node.name, layer) for layer, node in outputs.items()}):
             self.found.missing["residual"] = (
                 f"where blocks put out their results is not known in {self.architecture} models: they are "
                 "not named l_out-N, and what each block begins with has no name either"
             )
+
+    def residual_is(self, stems: dict[int, str]) -> bool:
+        """Take the nodes of those stems, one of each layer, for the residual stream if all are there."""
+        nodes = [self.named("residual", layer, stem) for layer, stem in stems.items()]
+        streams = {node.rows if node else 0 for node in nodes}  # of the one token; all blocks have as many
+        if len(nodes) == self.n_layer and len(streams) == 1 and 0 not in streams:
+            self.found.streams = streams.pop()
+            return True
+        self.found.places.pop("residual", None)
+        return False
 
     def stem_of(self, name: str, layer: int) -> str:
         """What Hook.locate takes for a block's output of that name; it may be named by what it goes into."""
