@@ -38,7 +38,6 @@ RENAMED = {
     "deepseek4": [f"l_last-{layer}" for layer in range(N_LAYER)],
     # Its last block puts out four streams, and what follows takes their mean.
     "glm5-next": ["l_out-0", "l_out-1", "l_out-2", "hc_head"],
-    "hy_v4": [f"l_out-{layer}" for layer in range(N_LAYER)],
     "nemotron_h": [f"nemotron_h_block_out-{layer}" for layer in range(N_LAYER)],
     "nemotron_h_moe": [f"nemotron_h_block_out-{layer}" for layer in range(N_LAYER)],
     "qwen4exp": [f"l_last-{layer}" for layer in range(N_LAYER)],
@@ -63,7 +62,7 @@ class Family:
 
     def make(self, **options: Any) -> Any:
         """A context of micro-batches of 8 tokens; of an encoder it takes all tokens at once."""
-        plain = {"type_k": api.GGML_TYPE_F16, "type_v": api.GGML_TYPE_F16, "flash_attn_type": -1}
+        plain = {"type_k": api.GGML_TYPE_F16, "type_v": api.GGML_TYPE_F16, "flash_attn_type": 0}
         sizes = {"n_ctx": 64, "n_batch": 64, "n_ubatch": 8, "embeddings": self.embeds}
         context = self.contexts.make(**{**plain, **sizes, **options})
         if api.llama_get_memory(context) is None and "n_ubatch" not in options:
