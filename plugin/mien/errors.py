@@ -54,19 +54,23 @@ class VectorError(MienError):
 
 
 class RecipeError(MienError):
-    """A recipe that can't be understood. `text` is the recipe, `offset` the place (0-based)."""
+    """A recipe that can't be understood.
+
+    text: the recipe. offset: the place (0-based). suggestion: what was probably meant there, as a recipe
+    would say it; "" if there is nothing to suggest.
+    """
 
     exit_code = 2
 
-    def __init__(self, problem: str, text: str = "", offset: int | None = None) -> None:
-        self.problem, self.text, self.offset = problem, text, offset
-        place = ""
+    def __init__(self, problem: str, text: str = "", offset: int | None = None, suggestion: str = "") -> None:
+        self.problem, self.text, self.offset, self.suggestion = problem, text, offset, suggestion
+        place = f". Did you mean {suggestion}?" if suggestion else ""
         if text and offset is not None:
             # One line around the place, so that a long recipe stays readable.
             start = max(0, offset - 40)
             shown = text[start : offset + 40]
             line = "".join(char if char.isprintable() else " " for char in shown)
-            place = f"\n    {line}\n    {' ' * (offset - start)}^"
+            place += f"\n    {line}\n    {' ' * (offset - start)}^"
         super().__init__(f"recipe: {problem}{place}")
 
 

@@ -44,6 +44,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .errors import RecipeError
+from .misreading import file_in_place_of_a_name, misread, plain
 
 if TYPE_CHECKING:
     from .vector import Vector
@@ -61,6 +62,8 @@ OPERATORS = ("add", "ablate", "clamp", "edit", "scale", "force", "forbid")
 DEFAULT_MARGIN = math.log(0.99 / 0.01)  # the logit of a probability of 0.99, as in arXiv 2504.10227
 
 _BLANK = re.compile(r"\s")
+_WARNED_OF = re.compile(r"[0-9]\.?[^\W\d]|\\")  # a number that runs into a word, or a backslash
+_NAMED = ("nan", "inf", "infinity")  # numbers elsewhere
 
 
 class Pure(NamedTuple):
@@ -191,7 +194,7 @@ def _sum(terms: Iterable[tuple[float, str]]) -> str:
 
 
 def require_sound(term: Term) -> None:
-    """Raise RecipeError where a term says what has no meaning. A parsed one may, too: 3*ablate(x)."""
+    """Raise RecipeError if a term has no meaning. A parsed one can have none: 3*ablate(x)."""
     if term.when not in ("", *WINDOWS):
         raise RecipeError(f"when: expected one of {', '.join(map(repr, WINDOWS))}, got {term.when!r}")
     if term.operator not in OPERATORS:
@@ -260,23 +263,14 @@ def parse(text: str) -> Recipe:
     what this version does not know, text over MAX_LENGTH characters or MAX_DEPTH levels.
     """
     if len(text) > MAX_LENGTH:
-        raise RecipeError(f"expected at most {MAX_LENGTH} characters, got {len(text)}")
+        raise RecipeError(f"expected at most {MAX_LENGTH} characters, got {len(text)}", text, MAX_LENGTH)
     if not text.strip():
         return Recipe()
-    if "#" in text:  # to Python the rest would be a comment, over line ends too once they are blanks
+    if "#" in text:  # to the parser the rest would be a comment, over line ends too once they are blanks
         raise RecipeError("comments have no place in a recipe", text, text.index("#"))
-    # Blanks of any kind may stand anywhere; one character each, so that places stay what they are.
-    line = _BLANK.sub(" ", text)
-    indent = len(line) - len(line.lstrip())
-    try:
-        tree = ast.parse(line[indent:], mode="eval")
-    except SyntaxError as error:
-        # Python counts from 1, and says 0 where the text ends too early
-        place = min(indent + error.offset - 1, len(text)) if error.offset else len(text)
-        raise RecipeError(f"can't be read ({error.msg})", text, place) from None
-    except (RecursionError, MemoryError, ValueError) as error:
-        raise RecipeError(f"can't be read ({error or 'nested too deeply'})", text) from None
-    value = _Reader(text).value(tree.body, 0)
+    if ".gguf" in text and (error := file_in_place_of_a_name(text)):
+        raise error
+    value = _Reader(text).value(_tree(text), 0)
     if isinstance(value, float):
         if value == 0:
             return Recipe()
@@ -287,8 +281,29 @@ def parse(text: str) -> Recipe:
             try:
                 require_sound(term)
             except RecipeError as error:
-                raise RecipeError(error.problem, text) from None
+                place = text.find(term.operator)  # of the first of its kind: terms have no places
+                raise RecipeError(error.problem, text, place) from None
     return Recipe(terms)
+
+
+def _tree(text: str) -> ast.expr:
+    """The syntax tree of `text`. Raises RecipeError with the place."""
+    # Blanks of any kind may stand anywhere; one character each, so that places stay what they are.
+    line = _BLANK.sub(" ", plain(text))
+    # Of some mistakes the parser warns, on stderr and in its own words.
+    if _WARNED_OF.search(line) and (mistake := misread(text)):
+        raise mistake
+    indent = len(line) - len(line.lstrip())
+    try:
+        return ast.parse(line[indent:], mode="eval").body
+    except SyntaxError as error:
+        # the parser counts from 1, and says 0 if the text ends too early
+        place = min(indent + error.offset - 1, len(text)) if error.offset else len(text)
+    except (RecursionError, MemoryError, ValueError):
+        place = indent
+    raise misread(text) or RecipeError(
+        f"can't be read; it may be nested deeper than {MAX_DEPTH} levels", text, place
+    )
 
 
 class _Manner(NamedTuple):
@@ -325,7 +340,7 @@ class _Reader:
 
     def value(self, node: ast.expr, depth: int) -> Linear:
         if depth > MAX_DEPTH:
-            raise self.error(f"nested deeper than {MAX_DEPTH} levels", node)
+            raise self.error(f"nested deeper than {MAX_DEPTH} levels; put parts of it in parentheses", node)
         kind = type(node)
         if kind is ast.BinOp:
             return self.binary(node, depth)  # type: ignore[arg-type]  # by kind
@@ -342,7 +357,18 @@ class _Reader:
             return self.call(node, depth)
         if isinstance(node, ast.Name):
             raise self.error(f"{node.id} is an operator; a vector of that name is pack.{node.id}", node)
-        raise self.error(f"{kind.__name__} has no meaning in a recipe; use numbers, names, + - * /", node)
+        raise self.unknown(node)
+
+    def unknown(self, node: ast.expr) -> RecipeError:
+        """The error for what has no meaning: the mistake that its tokens show, or else what it is."""
+        if mistake := misread(self.text):
+            return mistake
+        if isinstance(node, ast.Constant):
+            said = node.value if isinstance(node.value, str) else repr(node.value)
+            return self.error(f"expected a number or a vector's name, got {said:.40}", node)
+        if isinstance(node, ast.Tuple):
+            return self.error("expected one number or vector, got several in parentheses", node)
+        return self.error("expected numbers, vectors' names, + - * / and parentheses", node)
 
     # ---- calls ----
 
@@ -357,7 +383,8 @@ class _Reader:
         doses = [self.dose(argument, depth + 1) for argument in node.args]
         if len(doses) > 1 or any(not isinstance(dose, float) for dose in doses):
             known = f"; operators are {', '.join(_CALLS)}" if node.args else ""
-            raise self.error(f"a call takes one number, the dose, and keywords{known}", node)
+            problem = f"a call takes one number, the dose, and keywords{known}"
+            raise misread(self.text) or self.error(problem, node)
         for dose in doses:
             self.scaled(value, dose, node)  # type: ignore[arg-type]  # floats, as checked; in place
         return self.windowed(value, node.keywords, depth)
@@ -376,7 +403,7 @@ class _Reader:
 
     def clamp(self, node: ast.Call, depth: int) -> Linear:
         if len(node.args) != 2:
-            raise self.error("clamp takes a vector and the readout to reach: clamp(calm, 1.0)", node)
+            raise self.error("clamp takes a vector and the target readout: clamp(calm, 1.0)", node)
         aim = node.args[1]
         items = aim.elts if isinstance(aim, ast.Tuple) else [aim]
         value = tuple(self.number(item, depth, "clamp") for item in items)
@@ -420,7 +447,7 @@ class _Reader:
         if given.get("hysteresis", 0.0) < 0:
             raise self.error("hysteresis: expected 0 or more", node)
         if given.get("above", -math.inf) >= given.get("below", math.inf):
-            raise self.error("gate: nothing is above its lower and below its upper bound", node)
+            raise self.error("gate: above must be less than below", node)
         made: dict[_Manner, float] = {}
         for manner, coefficient in value.items():
             if len(manner.gates) == MAX_GATES:
@@ -454,7 +481,9 @@ class _Reader:
         keywords = list(node.keywords)
         if name == "edit":
             if isinstance(source, Mix) and len(source.parts) > 1:
-                raise self.error("edit: a sum of probes is none; name one, or -one for its other side", node)
+                raise self.error(
+                    "edit takes one probe, not a sum; name one, or -name for its other side", node
+                )
             margins = [keyword for keyword in keywords if keyword.arg == "margin"]
             keywords = [keyword for keyword in keywords if keyword.arg != "margin"]
             value = (self.number(margins[0].value, depth, "margin") if margins else DEFAULT_MARGIN,)
@@ -533,6 +562,11 @@ class _Reader:
                 return self.scaled(b, a, node)
             if isinstance(b, float):
                 return self.scaled(a, b, node)
+            for side in (node.left, node.right):
+                while isinstance(side, ast.UnaryOp):
+                    side = side.operand
+                if isinstance(side, ast.Name) and side.id.lower() in _NAMED:
+                    raise self.error(f"a dose is a finite number, and {side.id} is not", side)
             raise self.error("the product of two vectors has no meaning; one side must be a number", node)
         if kind is ast.Add:
             return self.added(a, b, 1.0, node)
@@ -546,7 +580,7 @@ class _Reader:
             if isinstance(a, float):
                 return self.finite(a / b, node)
             return {manner: self.finite(c / b, node) for manner, c in a.items()}
-        raise self.error(f"{kind.__name__} has no meaning in a recipe; use + - * /", node)
+        raise self.unknown(node)
 
     def added(self, a: Linear, b: Linear, sign: float, node: ast.expr) -> Linear:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -576,7 +610,8 @@ class _Reader:
     def error(self, problem: str, node: ast.expr) -> RecipeError:
         # ast counts bytes of the line without its indent
         indent = len(self.text) - len(self.text.lstrip())
-        before = self.text[indent:].encode()[: node.col_offset].decode(errors="ignore")
+        line = plain(self.text[indent:])
+        before = line.encode(errors="replace")[: node.col_offset].decode(errors="ignore")
         return RecipeError(problem, self.text, indent + len(before))
 
 
