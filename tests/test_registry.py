@@ -8,9 +8,12 @@ from pathlib import Path
 import mien
 import mien.registry
 import pytest
-from mien.errors import ModelMismatch, NameNotFound, PackError, VectorFileError
+from mien import synonyms
+from mien.corpus import Corpus
+from mien.errors import ModelMismatch, NameNotFound, PackError, RecipeError, VectorFileError
 from mien.fingerprint import Fingerprint
 from mien.pack import Pack
+from mien.recipe import parse
 from mien.registry import Registry, load, search_path, shipped_packs
 from packs import MODEL, OTHER_MODEL, make_pack, make_vector
 
@@ -152,11 +155,12 @@ def test_a_name_for_other_models_only_says_which_and_what_differs(shipped: Path,
     with pytest.raises(ModelMismatch) as caught:
         Registry().find("joy", OTHER_MODEL)
     message = str(caught.value)
-    assert "joy is only there for other models than wide (llama, 4 layers, n_embd 16)" in message
+    assert "joy is not available for wide (llama, 4 layers, n_embd 16)" in message
     assert "pack tiny was made for n_embd 8, the model has 16" in message
     assert "pack deep was made for architecture gemma3, the model has llama" in message
-    assert "`mien list`" in message
-    with pytest.raises(ModelMismatch, match=r"tiny\.joy is only there for other models"):
+    for command in ("mien pack make MODEL.gguf", "mien extract", "mien list"):
+        assert command in message
+    with pytest.raises(ModelMismatch, match=r"tiny\.joy is not available"):
         Registry().find("tiny.joy", OTHER_MODEL)
 
 
@@ -172,19 +176,68 @@ def test_an_unknown_name_gives_the_nearest_for_the_model(shipped: Path, user: Pa
     make_pack(shipped / "tiny", vectors=["anger", "joy"])
     make_pack(user / "wide", name="wide", vectors=["joyous"], model=OTHER_MODEL)
     registry = Registry()
-    with pytest.raises(NameNotFound, match=r"no vector named 'joyful'\. Did you mean joy\?$"):
-        registry.find("joyful", MODEL)
-    with pytest.raises(
-        NameNotFound, match=r"no vector named 'tiny\.jo'\. Did you mean tiny\.joy or tiny\.anger\?$"
-    ):
-        registry.find("tiny.jo", MODEL)
-    with pytest.raises(NameNotFound, match=r"no vector named 'xyz'\. There is anger, joy\.$"):
+    assert nearest(registry, "joyful") == ["joy"]
+    assert nearest(registry, "JOY") == ["joy"]
+    assert nearest(registry, "tiny.jo") == ["tiny.joy"]
+    with pytest.raises(NameNotFound, match=r"no vector named 'xyz'\. Known: anger, joy\.$"):
         registry.find("xyz", MODEL)
+
+
+def nearest(registry: Registry, name: str) -> list[str]:
+    with pytest.raises(NameNotFound) as caught:
+        registry.find(name, MODEL)
+    return caught.value.nearest
+
+
+def test_an_unknown_name_gives_those_of_its_meaning_after_those_of_its_spelling(shipped: Path) -> None:
+    make_pack(shipped / "tiny", vectors=["joy", "anger", "sadness", "warm", "warmth", "calm", "valence"])
+    manifest = shipped / "tiny" / "pack.toml"
+    poles = 'kind = "trait"\npositive = "in good spirits"\nnegative = "in low spirits"\n'
+    text = manifest.read_text()
+    text = text.replace('kind = "emotion"\npositive = "full of valence"\n', poles)
+    manifest.write_text(
+        text.replace('positive = "full of joy"', 'positive = "full of joy"\nnegative = "low"')
+    )
+    registry = Registry()
+    assert nearest(registry, "happy") == ["joy"]  # a synonym
+    assert nearest(registry, "Grumpy") == ["anger", "-valence"]  # the second by its negative pole
+    assert nearest(registry, "tiny.cold") == ["-tiny.warm", "-tiny.warmth"]
+    assert nearest(registry, "warms") == ["warm", "warmth"]
+    assert nearest(registry, "low") == ["-valence"]  # a pole; an emotion's negative side is none
+    assert nearest(registry, "serene") == ["calm"]
+    with pytest.raises(NameNotFound, match=r"named 'xyzzy'\. `mien list` shows all 7 vectors\.$"):
+        registry.find("xyzzy", MODEL)
+
+
+def test_synonyms_are_of_the_vectors_that_mien_makes() -> None:
+    named = {name.removeprefix("-") for name in synonyms.WORDS}
+    assert named == set(Corpus.read().names)
+    known = {word for words in synonyms.WORDS.values() for word in words.split()}
+    assert len(known) > 150
+    assert all(word == word.casefold() for word in known)
+
+
+def test_a_vector_file_in_the_current_folder_is_named(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pack(shipped / "tiny")
+    monkeypatch.chdir(tmp_path)
+    make_vector("calm").save(Path("calm.gguf"))
+    with pytest.raises(NameNotFound, match=r"--vector calm\.gguf"):
+        Registry().find("calm", MODEL)
+    with pytest.raises(NameNotFound) as caught:
+        Registry().find("tiny.calm", MODEL)
+    assert "--vector" not in str(caught.value)
+
+
+def test_a_recipe_finds_no_vector_in_a_file_and_says_what_to_write(shipped: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--vector warm=\./warm\.gguf"):
+        parse("./warm.gguf")
 
 
 def test_an_unknown_name_without_pack_for_the_model_says_so(shipped: Path) -> None:
     make_pack(shipped / "tiny")
-    with pytest.raises(NameNotFound, match=r"What there is \(tiny\) is not for wide .*`mien list`"):
+    with pytest.raises(NameNotFound, match=r"The packs found \(tiny\) are not for wide .*mien pack make"):
         Registry().find("calm", OTHER_MODEL)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import (
+        DoseWarning,
         MienError,
         MienWarning,
         MissingExtra,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .extraction import extract
     from .fingerprint import Fingerprint
+    from .models import default_model
     from .pack import Pack
     from .recipe import Recipe, parse
     from .registry import Registry, load, packs
@@ -47,6 +49,7 @@ _HOME = {
     "steering_of": "runtimes",
     "extract": "extraction",
     "Fingerprint": "fingerprint",
+    "default_model": "models",
     "Pack": "pack",
     "Recipe": "recipe",
     "parse": "recipe",
@@ -59,6 +62,7 @@ _HOME = {
     "Applied": "steering",
     "Steering": "steering",
     "Vector": "vector",
+    "DoseWarning": "errors",
     "MienError": "errors",
     "MienWarning": "errors",
     "MissingExtra": "errors",
@@ -76,6 +80,7 @@ _HOME = {
 
 __all__ = [
     "Applied",
+    "DoseWarning",
     "Fingerprint",
     "MienError",
     "MienWarning",
@@ -97,6 +102,7 @@ __all__ = [
     "VectorFileError",
     "__version__",
     "attach",
+    "default_model",
     "detach",
     "extract",
     "free",

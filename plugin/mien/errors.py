@@ -13,6 +13,11 @@
     ├── MissingExtra            6   an optional dependency is not installed
     └── SteeringNotApplied      7   the model ran, and what was asked for did not happen
 
+And every warning, for what can be done and is probably not meant:
+
+    MienWarning
+    └── DoseWarning                 a dose that the vector is not good for
+
 A message says what was expected, what came instead, where, and what to do next. The facts are
 attributes too. Anything else that escapes mien is a bug and keeps its traceback.
 """
@@ -20,7 +25,11 @@ attributes too. Anything else that escapes mien is a bug and keeps its traceback
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+
+_NEAREST = 5  # names that are offered in place of an unknown one
 
 
 class MienWarning(UserWarning):
@@ -75,17 +84,34 @@ class RecipeError(MienError):
 
 
 class NameNotFound(MienError):
-    """No vector or pack of that name. `name` is what was asked for, `nearest` what there is."""
+    """No vector or pack of that name.
+
+    name: what was asked for. nearest: what may have been meant, by spelling first and then by meaning.
+    known: every name that would do. related: those of a related meaning, as terms of a recipe (-warm).
+    """
 
     exit_code = 3
 
-    def __init__(self, name: str, known: Iterable[str], what: str = "vector", hint: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        known: Iterable[str],
+        what: str = "vector",
+        hint: str = "",
+        related: Iterable[str] = (),
+    ) -> None:
         known = sorted(set(known))
-        self.name, self.nearest = name, difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        # The pack's name before a vector's would make all of them alike.
+        folded = {full.rpartition(".")[2].casefold() if what == "vector" else full: full for full in known}
+        asked = name.rpartition(".")[2].casefold() if what == "vector" else name
+        spelled = [folded[near] for near in difflib.get_close_matches(asked, folded, n=3, cutoff=0.6)]
+        self.name, self.nearest = name, list(dict.fromkeys([*spelled, *related]))[:_NEAREST]
         if self.nearest:
             tail = f"Did you mean {' or '.join(self.nearest)}?"
+        elif len(known) > _NEAREST:
+            tail = f"`mien list` shows all {len(known)} {what}s."
         elif known:
-            tail = f"There is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
+            tail = f"Known: {', '.join(known)}."
         else:
             tail = f"No {what} is known."
         super().__init__(f"no {what} named {name!r}. {tail}{' ' + hint if hint else ''}")
@@ -142,3 +168,32 @@ class SteeringNotApplied(MienError):
     def __init__(self, problem: str, layers: Iterable[int] = ()) -> None:
         self.layers = tuple(layers)
         super().__init__(problem)
+
+
+class MienWarning(UserWarning):
+    """Base of every warning meant for a user."""
+
+
+class DoseWarning(MienWarning):
+    """A dose that the vector is not good for: it was calibrated, and not for that.
+
+    name: the vector's. dose: what was asked for. limits: the least and the greatest dose that pass, see
+    `Vector.limits`.
+    """
+
+    def __init__(self, name: str, dose: float, limits: tuple[float, float]) -> None:
+        self.name, self.dose, self.limits = name, dose, limits
+        super().__init__(
+            f"{dose:g}*{name}: expected a dose from {limits[0]:.3g} to {limits[1]:.3g}, where 1 is the "
+            "strongest fluent one; beyond that replies repeat or fall apart. "
+            f"`mien info {name}` shows the dose curve."
+        )
+
+
+def warn(warning: MienWarning) -> None:
+    """Issue `warning` at the line that called mien."""
+    level, frame = 1, sys._getframe()
+    # contextlib stands between a `with` statement and mien
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mien", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(warning, stacklevel=level)

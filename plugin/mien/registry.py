@@ -17,13 +17,16 @@ can never silently change what `joy` means; the other `joy` is there under its p
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import MienError, ModelMismatch, NameNotFound, PackError
 from .fingerprint import Fingerprint
-from .pack import MANIFEST, Pack
+from .models import how_to_make_vectors
+from .pack import MANIFEST, Entry, Pack
+from .synonyms import meant_by
 
 if TYPE_CHECKING:
     from .vector import Vector
@@ -115,8 +118,8 @@ class Registry:
         name: `joy`, or `smollm2_135m_instruct.joy` with a pack's namespace. model: the model it is for;
         None takes any, as long as the name does not mean something for two.
 
-        Raises NameNotFound for an unknown name or namespace; ModelMismatch where the name is known only
-        for other models, or without a model for several; and what `Pack.load` raises: a broken vector
+        Raises NameNotFound for an unknown name or namespace; ModelMismatch if the name is known only for
+        other models, or without a model for several; and what `Pack.load` raises: a broken vector
         never gives way to the next pack's.
         """
         namespace, dot, bare = name.rpartition(".")
@@ -129,8 +132,14 @@ class Registry:
         holders = [pack for pack in packs if bare in pack.entries]
         if not holders:
             fitting = self._fitting(packs, model)
-            known = (f"{namespace}{dot}{entry}" for pack in fitting for entry in pack.entries)
-            raise NameNotFound(name, known, hint=self._hint(packs, model))
+            entries = {key: entry for pack in reversed(fitting) for key, entry in pack.entries.items()}
+            prefix = f"{namespace}{dot}"
+            terms = [described(bare, key, entry) for key, entry in entries.items()]
+            terms.sort(key=lambda term: term.startswith("-"))
+            # -pack.warm: the sign comes first
+            related = [f"{'-' * term.startswith('-')}{prefix}{term.lstrip('-')}" for term in terms if term]
+            known = (prefix + key for key in entries)
+            raise NameNotFound(name, known, hint=self._hint(packs, model, name), related=related)
         if model is None:
             _require_one_model(name, bare, holders)
             return holders[0].load(bare)
@@ -141,7 +150,8 @@ class Registry:
         # A pack need not know its vocabulary, and then only the vector can tell.
         differences = vector.fingerprint.differences(model) if vector.fingerprint else []
         if differences:
-            raise ModelMismatch(f"{name} of pack {fitting[0].name} is not for {model}", differences)
+            what = f"{name} of pack {fitting[0].name} is not for {model}"
+            raise ModelMismatch(what, differences, how_to_make_vectors(model))
         return vector
 
     def _scanned(self) -> tuple[list[Pack], list[Problem]]:
@@ -153,16 +163,39 @@ class Registry:
     def _fitting(packs: Iterable[Pack], model: Fingerprint | None) -> list[Pack]:
         return [pack for pack in packs if model is None or not pack.fingerprint.differences(model)]
 
-    def _hint(self, packs: list[Pack], model: Fingerprint | None = None) -> str:
-        """What explains that something is in none of `packs`."""
+    def _hint(self, packs: list[Pack], model: Fingerprint | None = None, name: str = "") -> str:
+        """What explains that `name` is in none of `packs`, and where it may be."""
         hints = []
+        if name.isidentifier() and Path(f"{name}.gguf").is_file():
+            hints.append(
+                f"There is a file {name}.gguf in this folder: use it with --vector {name}.gguf, or "
+                f'steering.define("{name}", mien.load("{name}.gguf")).'
+            )
         if packs and not self._fitting(packs, model):
             names = ", ".join(dict.fromkeys(pack.name for pack in packs))
-            hints.append(f"What there is ({names}) is not for {model}; see `mien list`.")
+            hints.append(f"The packs found ({names}) are not for {model}. {how_to_make_vectors(model)}")
         if self.problems:
             paths = ", ".join(str(problem.path) for problem in self.problems[:3])
             hints.append(f"What could not be read: {paths}; `mien list` says why.")
         return " ".join(hints)
+
+
+def described(query: str, name: str, entry: Entry) -> str:
+    """The term that `query` describes of that entry: `name`, `-name` for its negative pole, "" for neither.
+
+    Each word of `query` must be in the name, begin a word of the pole, or have a related meaning.
+    """
+    words = query.casefold().split()
+    # An emotion's negative side is not a pole: it says what the others have in common.
+    poles = (name, entry.positive), (f"-{name}", "" if entry.kind == "emotion" else entry.negative)
+    for term, pole in poles:
+        begun = re.split(r"[^\w-]+", pole.casefold())
+        if words and all(
+            word in term or term in meant_by(word) or any(part.startswith(word) for part in begun if part)
+            for word in words
+        ):
+            return term
+    return ""
 
 
 def packs() -> list[Pack]:
@@ -185,7 +218,7 @@ def load(name: str | Path, model: Fingerprint | None = None) -> Vector:
     vector = load_file(name)
     differences = vector.fingerprint.differences(model) if vector.fingerprint and model else []
     if differences:
-        raise ModelMismatch(f"{name} is not for {model}", differences)
+        raise ModelMismatch(f"{name} is not for {model}", differences, how_to_make_vectors(model))
     return vector
 
 
@@ -212,8 +245,8 @@ def _mismatch(name: str, holders: list[Pack], model: Fingerprint) -> ModelMismat
     differences = [
         f"pack {pack.name} was {' and '.join(pack.fingerprint.differences(model))}" for pack in holders
     ]
-    hint = "`mien list` shows which packs there are and what they fit."
-    return ModelMismatch(f"{name} is only there for other models than {model}", differences, hint)
+    hint = f"{how_to_make_vectors(model)} `mien list` shows the packs and their models."
+    return ModelMismatch(f"{name} is not available for {model}", differences, hint)
 
 
 def _locate() -> tuple[list[Path], list[Problem]]:
