@@ -84,6 +84,33 @@ def test_list_shows_the_shipped_pack() -> None:
     assert invoke("list", "--model", "no such model").stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("happy", {"joy", "valence"}),
+        ("Grumpy", {"anger", "agreeableness", "valence"}),
+        ("slangy", {"formal"}),
+        ("good spirits", {"valence"}),
+        ("emotional_sta", {"emotional_stability"}),
+        ("xyzzy", set()),
+    ],
+)
+def test_list_finds_vectors_by_name_pole_and_meaning(query: str, names: set[str]) -> None:
+    assert {row["name"] for row in json.loads(invoke("list", query, "--json").stdout)} == names
+    found = invoke("list", query)
+    listed = {line.split()[0] for line in found.stdout.splitlines() if line.startswith("  ")}
+    assert {name for name in listed if "/" not in name} == names
+    assert found.exit_code == 0
+    assert bool(found.stderr) is not bool(names)
+
+
+def test_list_tells_no_packs_from_none_that_match(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "xyz" in invoke("list", "--model", "xyz").stderr
+    monkeypatch.setattr("mien.registry.shipped_packs", lambda: tmp_path)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    assert "mien doctor" in invoke("list").stderr
+
+
 def test_list_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "pack.toml").write_text("format = 99")
@@ -104,6 +131,30 @@ def test_info_tells_model_strength_and_dose_curve() -> None:
     assert dose[0] == 0.0
     assert 1.0 in [round(value, 6) for value in dose]
     assert len(data["meta"]["strength"]) == len(data["layers"])
+
+
+def test_info_tells_what_a_vector_is_worth() -> None:
+    joy, weak = invoke("info", "joy").stdout, invoke("info", "narcissism").stdout
+    data = json.loads(invoke("info", "joy", "--json").stdout)
+    assert data["calibrated"][0] == 0.0
+    assert data["limits"] == [-0.5, max(data["meta"]["calibration.dose"])]
+    for layer, share in zip(data["layers"], data["meta"]["accuracy"]):
+        assert f"{layer}: {share:.2f}" in joy
+    for number in (data["meta"]["test.effect"], *data["meta"]["test.effect_interval"]):
+        assert f"{number:.2f}" in joy
+    assert "\n  weak      no\n" in joy
+    assert "\n  weak      yes: " in weak
+
+
+def test_info_of_a_file_that_was_not_calibrated_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "warm.gguf"
+    meta: dict[str, Any] = {"accuracy": [0.75]}
+    Vector("warm", (3,), np.ones((1, 4), np.float32), model_hint="qwen2", meta=meta).save(path)
+    text = invoke("info", str(path)).stdout
+    assert "not calibrated" in text
+    assert "3: 0.75" in text
+    assert "weak" not in text
+    assert json.loads(invoke("info", str(path), "--json").stdout)["calibrated"] is None
 
 
 def test_info_of_a_foreign_file(tmp_path: Path) -> None:
@@ -160,6 +211,11 @@ def test_doctor_tells_the_path() -> None:
         (["run", QUESTION, "--steer", "0.8*joy -"], 2, ["recipe", "0.8*joy -", "^"]),
         (["run", QUESTION, "--steer", "ablate(2)"], 2, ["expected a vector, got a number"]),
         (["run", QUESTION, "--steer", "1e999*joy"], 2, ["not finite"]),
+        (["run", QUESTION, "--steer", "0.8joy"], 2, ["Did you mean 0.8*joy?"]),
+        (["run", QUESTION, "--steer", "./warm.gguf"], 2, ["--vector warm=./warm.gguf"]),
+        (["run", QUESTION, "--vector", "/no/such.gguf"], 4, ["/no/such.gguf: can't be read"]),
+        (["run", QUESTION, "--vector", "a=b=c.gguf"], 4, ["b=c.gguf: can't be read"]),
+        (["run", QUESTION, "--vector", "/no/x=1/y.gguf"], 4, ["/no/x=1/y.gguf: can't be read"]),
         (["run", QUESTION, "--model", "/no/such/model.gguf"], 3, ["/no/such/model.gguf", "no such file"]),
         (["run", QUESTION, "--model", "/"], 3, ["is a folder"]),
         (["run", QUESTION, "--model", __file__], 3, ["not a GGUF file"]),
@@ -221,6 +277,43 @@ def test_run_steers_and_reports_what_was_done() -> None:
     layers = [row["layer"] for row in data["applied"]]
     assert layers == json.loads(invoke("info", "joy", "--json").stdout)["layers"]
     assert all(row["shift"] > 0 and row["path"] == "in-graph" for row in data["applied"])
+
+
+@pytest.mark.model
+def test_a_vector_file_is_used_without_a_pack(tmp_path: Path) -> None:
+    joy = next(Path(row["file"]) for row in json.loads(invoke("list", "joy", "--json").stdout))
+    (tmp_path / "calm-copy.gguf").write_bytes((joy.parent / "calm.gguf").read_bytes())
+    files = ("--vector", f"bliss={joy}", "--vector", str(tmp_path / "calm-copy.gguf"))
+    arguments = ("run", QUESTION, "--max-tokens", "8", "--json")
+    data = json.loads(
+        invoke(*arguments, *files, "--steer", "0.8*bliss - 0.3*calm", "--watch", "bliss").stdout
+    )
+    assert data["text"] == json.loads(invoke(*arguments, "--steer", "0.8*joy - 0.3*calm").stdout)["text"]
+    assert data["recipe"] == "0.8*bliss - 0.3*calm"
+    assert list(data["watch"]) == ["bliss"]
+    chatted = invoke("chat", "--max-tokens", "8", *files, "--steer", "bliss", stdin="/steer\n/quit\n")
+    assert "steering: bliss" in chatted.stderr
+
+
+def test_a_vector_file_must_have_a_name_that_a_recipe_can_say(tmp_path: Path) -> None:
+    path = tmp_path / "my-warm.gguf"
+    Vector("my-warm", (3,), np.ones((1, 4), np.float32), model_hint="llama").save(path)
+    for given in (str(path), f"gate={path}", f"my-warm={path}"):
+        found = invoke("run", QUESTION, "--vector", given)
+        assert found.exit_code == 2
+        assert f"--vector NAME={path}" in found.stderr
+
+
+@pytest.mark.model
+def test_a_dose_beyond_the_calibrated_ones_is_one_line_on_stderr() -> None:
+    found = run_process(["run", QUESTION, "--steer", "100*joy - 0.3*anger", "--max-tokens", "2"])
+    assert found.returncode == 0
+    (line,) = (line for line in found.stderr.splitlines() if "joy" in line)
+    assert line.startswith("warning: 100*joy: ")
+    assert "mien info joy" in line
+    lines = "/steer -joy\n/steer 100*joy\n/quit\n"
+    chatted = run_process(["chat", "--max-tokens", "2"], stdin=lines)
+    assert chatted.stderr.count("warning: ") == 1
 
 
 @pytest.mark.model

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from makers import N_EMBD, N_LAYER, floats, make_vector, same_bits, vectors
 from mien import engine, reference
 from mien.engine import CompiledProgram
-from mien.errors import MienError, RecipeError, RuntimeNotSupported, SteeringNotApplied, VectorError
+from mien.errors import MienError, RecipeError, RuntimeNotSupported, SteeringNotApplied
 from mien.program import Dose
 from mien.vector import Floats, Vector
 
@@ -339,7 +339,7 @@ def test_a_program_keeps_nothing_of_its_vectors() -> None:
 def test_a_sum_that_is_not_finite_is_a_vector_error(
     compile_terms: Callable[..., CompiledProgram], terms: list[tuple[float, Vector]]
 ) -> None:
-    with pytest.raises(VectorError, match=r"add up to NaN or infinity; use smaller coefficients$"):
+    with pytest.raises(RecipeError, match=r"add up to NaN or infinity; use smaller coefficients$"):
         compile_terms(*terms)
 
 
@@ -347,7 +347,7 @@ def test_large_terms_may_cancel() -> None:
     large = one(*[3e38] * N_EMBD)
     assert compiled((2.0, large), (-1.0, large)).layers == [1]
     assert norm_kept((2.0, large), (-1.0, large)).layers == [1]
-    with pytest.raises(VectorError, match="add up to NaN or infinity"):  # two sums, each on its own
+    with pytest.raises(RecipeError, match="add up to NaN or infinity"):  # two sums, each on its own
         both([(2.0, large)], [(-1.0, large)])
 
 
@@ -428,7 +428,7 @@ def test_every_status_has_an_exception_of_its_own() -> None:
         ("MIEN_ERR_LAYER", ValueError),
         ("MIEN_ERR_SITE", ValueError),
         ("MIEN_ERR_OP", ValueError),
-        ("MIEN_ERR_NOT_FINITE", VectorError),
+        ("MIEN_ERR_NOT_FINITE", RecipeError),
         ("MIEN_ERR_SYMBOL", RuntimeNotSupported),
         ("MIEN_ERR_TENSOR", SteeringNotApplied),
         ("MIEN_ERR_NOT_MET", SteeringNotApplied),

@@ -426,11 +426,14 @@ def test_only_what_acts_alike_is_made_one(text: str) -> None:
     [
         (
             "ablate(joy) + ablate(happy)",
-            "ablate of joy is there twice .* with a strength of 2 in all; it takes one",
+            "ablate of joy is applied twice .* with a total strength of 2; the maximum",
         ),
-        ("ablate(joy) + ablate(joy, when='response')", "ablate of joy is there twice for the same tokens"),
-        ("clamp(joy, 1) + clamp(happy, 1)/2", "clamp of joy is there twice .* with a strength of 1.5 in all"),
-        ("edit(probe) + edit(probe, when='prompt')", "edit of probe is there twice"),
+        ("ablate(joy) + ablate(joy, when='response')", "ablate of joy is applied twice to the same tokens"),
+        (
+            "clamp(joy, 1) + clamp(happy, 1)/2",
+            "clamp of joy is applied .* total strength of 1.5",
+        ),
+        ("edit(probe) + edit(probe, when='prompt')", "edit of probe is applied twice"),
     ],
 )
 def test_no_more_than_all_can_be_taken_away(text: str, message: str) -> None:
@@ -639,7 +642,7 @@ def test_what_is_not_finite_is_refused() -> None:
         Term(2.0, huge, operator="scale"),
         Term(1.0, probe, operator="edit", value=(float("inf"),)),
     ):
-        with pytest.raises(VectorError, match="add up to NaN or infinity"):
+        with pytest.raises(RecipeError, match="add up to NaN or infinity"):
             compiled(Recipe((term,)))
 
 
@@ -719,7 +722,7 @@ def test_more_gates_than_there_is_room_for_at_a_place_are_refused() -> None:
 
 @pytest.mark.parametrize("gate", [Gate("fear", 1.0, None, -1.0), Gate("fear", float("nan"))])
 def test_a_gate_made_by_hand_must_have_a_meaning(gate: Gate) -> None:
-    with pytest.raises(VectorError, match="NaN or infinity"):
+    with pytest.raises(RecipeError, match="NaN or infinity"):
         compiled(Term(1.0, "joy", gates=(gate,)))
 
 

@@ -661,7 +661,7 @@ def foreign_program(_: Bench, when: str = "all") -> Any:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda _: "joy +", RecipeError, r"^recipe: can't be read"),
+        (lambda _: "joy +", RecipeError, r"^recipe: the recipe ends"),
         (lambda _: "joyy", NameNotFound, r"^no vector named 'joyy'. Did you mean joy"),
         (lambda _: "joy + alien", ModelMismatch, r"^alien does not fit .*made for layers 6, the model has"),
         (lambda bench: bench.alien, ModelMismatch, r"^alien does not fit .*made for n_embd 5, the model has"),
@@ -669,10 +669,10 @@ def foreign_program(_: Bench, when: str = "all") -> Any:
         (lambda _: 'joy - alien(when="response")', ModelMismatch, r"^alien does not fit "),
         (lambda _: foreign_program(_, "prompt"), ModelMismatch, r"^wide does not fit "),
         (lambda _: foreign_program(_, "response"), ModelMismatch, r"^wide does not fit "),
-        (lambda bench: Recipe((Term(1.5, huge(bench)),)), VectorError, "add up to NaN or infinity"),
-        (lambda bench: Recipe((Term(1.5, huge(bench), "prompt"),)), VectorError, "add up to NaN or infinity"),
-        (lambda bench: Recipe((Term(-1.5, huge(bench), "response"),)), VectorError, "add up to NaN or inf"),
-        (lambda bench: Recipe((Term(1.5, huge(bench), "all", True),)), VectorError, "add up to NaN or inf"),
+        (lambda bench: Recipe((Term(1.5, huge(bench)),)), RecipeError, "add up to NaN or infinity"),
+        (lambda bench: Recipe((Term(1.5, huge(bench), "prompt"),)), RecipeError, "add up to NaN or infinity"),
+        (lambda bench: Recipe((Term(-1.5, huge(bench), "response"),)), RecipeError, "add up to NaN or inf"),
+        (lambda bench: Recipe((Term(1.5, huge(bench), "all", True),)), RecipeError, "add up to NaN or inf"),
         (lambda _: 'joy(when="later")', RecipeError, "^recipe: when: expected one of 'all', 'prompt', 'resp"),
         (lambda _: {"joy": float("nan")}, RecipeError, "expected a finite number, got nan"),
         (lambda _: 0.5, RecipeError, "expected text, a Vector or"),

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._engine import ffi, lib
-from .errors import RecipeError, RuntimeNotSupported, SteeringNotApplied, VectorError
+from .errors import RecipeError, RuntimeNotSupported, SteeringNotApplied
 from .vector import SITES, Floats, Vector
 
 PATHS: dict[str, int] = {
@@ -29,35 +29,39 @@ ORDERS: dict[str, int] = {
 PATH_NAMES = {number: name for name, number in PATHS.items()}
 
 # The bare ValueErrors can only come from a bug in mien: everything above checks first.
-_ERRORS: dict[int, Exception] = {
-    lib.MIEN_ERR_MEMORY: MemoryError("mien's engine could not allocate"),
-    lib.MIEN_ERR_SHAPE: ValueError("sizes must be positive, the same at one place, and those of the hook"),
-    lib.MIEN_ERR_LAYER: ValueError("a layer that the model does not have, or layers that do not ascend"),
-    lib.MIEN_ERR_SITE: ValueError("an unknown site"),
-    lib.MIEN_ERR_OP: ValueError("an unknown operation"),
-    lib.MIEN_ERR_NOT_FINITE: VectorError(
-        "the recipe's coefficients and vectors add up to NaN or infinity; use smaller coefficients"
+_ERRORS: dict[int, tuple[type[Exception], str]] = {
+    lib.MIEN_ERR_MEMORY: (MemoryError, "mien's engine could not allocate"),
+    lib.MIEN_ERR_SHAPE: (ValueError, "sizes must be positive, the same at one place, and those of the hook"),
+    lib.MIEN_ERR_LAYER: (ValueError, "a layer that the model does not have, or layers that do not ascend"),
+    lib.MIEN_ERR_SITE: (ValueError, "an unknown site"),
+    lib.MIEN_ERR_OP: (ValueError, "an unknown operation"),
+    lib.MIEN_ERR_NOT_FINITE: (
+        RecipeError,
+        "the recipe's coefficients and vectors add up to NaN or infinity; use smaller coefficients",
     ),
-    lib.MIEN_ERR_SYMBOL: RuntimeNotSupported(
-        "this llama.cpp library lacks functions that mien needs; update llama-cpp-python"
+    lib.MIEN_ERR_SYMBOL: (
+        RuntimeNotSupported,
+        "this llama.cpp library lacks functions that mien needs; update llama-cpp-python",
     ),
-    lib.MIEN_ERR_TENSOR: SteeringNotApplied(
-        "activations are not rows of float32 of the expected width, so they were left as they were"
+    lib.MIEN_ERR_TENSOR: (
+        SteeringNotApplied,
+        "activations are not rows of float32 of the expected width, so they were left as they were",
     ),
-    lib.MIEN_ERR_GATE: RecipeError("too many gates at one place: expected at most 32"),
-    lib.MIEN_ERR_ROWS: SteeringNotApplied(
-        "llama.cpp put the tokens of the batch into its micro-batches in an order that mien does not know"
+    lib.MIEN_ERR_GATE: (RecipeError, "too many gates at one place: expected at most 32"),
+    lib.MIEN_ERR_ROWS: (
+        SteeringNotApplied,
+        "llama.cpp put the tokens of the batch into its micro-batches in an order that mien does not know",
     ),
-    lib.MIEN_ERR_NOT_MET: SteeringNotApplied("layers of the recipe were never evaluated"),
-    lib.MIEN_ERR_NOT_APPLIED: SteeringNotApplied("rows were computed without being steered"),
+    lib.MIEN_ERR_NOT_MET: (SteeringNotApplied, "layers of the recipe were never evaluated"),
+    lib.MIEN_ERR_NOT_APPLIED: (SteeringNotApplied, "rows were computed without being steered"),
 }
 
 
 def check(status: int) -> None:
     """Raise what `status` stands for; nothing for MIEN_OK."""
     if status != lib.MIEN_OK:
-        error = _ERRORS[status]
-        raise type(error)(*error.args)
+        kind, message = _ERRORS[status]
+        raise kind(message)
 
 
 OPERATIONS: dict[str, int] = {

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from .engine import CompiledProgram
-from .errors import ModelMismatch, RecipeError, VectorError
+from .errors import DoseWarning, ModelMismatch, RecipeError, VectorError
 from .fingerprint import Fingerprint
+from .models import how_to_make_vectors
 from .recipe import DEFAULT_MARGIN, Gate, Mix, Pure, Recipe, Source, Term, counts_reply, require_sound
 from .vector import Vector, purified, stacked
 
@@ -194,8 +195,8 @@ def compile_recipe(
 
     Doses are put in the order of their operations, manners and digests, so that the same recipe written in
     another way gives the same bits. Raises what `find` and `sites` raise, ModelMismatch where a vector is
-    for another model, VectorError where a sum is not finite or a vector can't be used so, RecipeError for
-    what a term can't say.
+    for another model, VectorError where a vector can't be used so, RecipeError for what a term can't say and
+    where a sum is not finite.
     """
     terms = []
     for term in recipe.terms:
@@ -323,14 +324,14 @@ def _part(doses: list[Dose], model: Fingerprint, sites: Sites | None) -> Part:
 
 
 def _more(dose: Dose, other: Dose) -> Dose:
-    """Two doses of the same as one. Raises RecipeError where there is no more than all."""
+    """Two doses of the same as one. Raises RecipeError if the total strength exceeds 1."""
     total = dose.coefficient + other.coefficient
     if dose.operation in ("force", "forbid"):
         return dose
     if dose.operation in ("ablate", "clamp", "edit") and total > 1:
         raise RecipeError(
-            f"{dose.operation} of {dose.vector.name} is there twice for the same tokens, with a strength of "
-            f"{total:g} in all; it takes one from 0 to 1"
+            f"{dose.operation} of {dose.vector.name} is applied twice to the same tokens, with a total "
+            f"strength of {total:g}; the maximum is 1"
         )
     return replace(dose, coefficient=total)
 
@@ -419,8 +420,23 @@ def require_fit(vector: Vector, model: Fingerprint) -> None:
         raise ModelMismatch(
             f"{vector.name} does not fit {model}",
             differences,
-            "`mien list` shows the packs and their models.",
+            f"{how_to_make_vectors(model)} `mien list` shows the packs and their models.",
         )
+
+
+def excessive_doses(program: Program) -> list[DoseWarning]:
+    """A warning for each vector that `program` adds with a dose outside of the vector's limits.
+
+    What is compared is the sum of the terms that act on the same tokens. A vector that was not calibrated
+    has no limits, nor has the result of arithmetic.
+    """
+    found = {}
+    for part in program.parts:
+        for dose in part.doses:
+            limits = dose.vector.limits if dose.operation in ("add", "add_keep_norm") else None
+            if limits and not limits[0] <= dose.coefficient <= limits[1]:
+                found[dose.vector.name] = DoseWarning(dose.vector.name, dose.coefficient, limits)
+    return list(found.values())
 
 
 def doses_at(doses: Sequence[Dose], site: str, layer: int) -> list[Dose]:

@@ -38,9 +38,11 @@ from __future__ import annotations
 import ast
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .errors import RecipeError
@@ -240,6 +242,19 @@ def as_recipe(recipe: RecipeLike) -> Recipe:
     if isinstance(recipe, Vector):
         return Recipe((Term(1.0, recipe),))
     raise RecipeError(f"expected text, a Vector or {{name: coefficient}}, got {type(recipe).__name__}")
+
+
+def as_name(text: str) -> str:
+    """`text` as a name that a recipe can give to a vector, in the form in which recipes are read (NFKC).
+
+    Raises RecipeError if it can't be one.
+    """
+    name = unicodedata.normalize("NFKC", text)
+    if not name.isidentifier() or iskeyword(name) or name in _CALLS:
+        raise RecipeError(
+            f"expected a vector's name, of letters, digits and _, and not an operator's; got {text!r}"
+        )
+    return name
 
 
 def _dose(name: str, coefficient: float) -> str:

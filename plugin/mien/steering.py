@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RecipeError, RuntimeNotSupported, VectorError
+from .errors import RecipeError, RuntimeNotSupported, VectorError, warn
 from .fingerprint import Fingerprint
-from .program import NOTHING, Program, compile_recipe, require_fit
-from .recipe import Recipe, RecipeLike, as_recipe
+from .program import NOTHING, Program, compile_recipe, excessive_doses, require_fit
+from .recipe import Recipe, RecipeLike, as_name, as_recipe
 from .registry import Registry
 from .vector import Floats, Vector
 from .watch import Token, Watch
@@ -169,6 +169,7 @@ class Steering:
         self._scopes: list[_Scope] = []  # those that are open, in the order in which they were entered
         self._scoping = threading.Lock()
         self._watch: Watch | None = None  # the newest
+        self._warned: set[str] = set()  # vectors whose dose a warning was given for
         self.options: dict[str, Any] = {}  # those of `attach`
         runtime.steering = self
 
@@ -220,19 +221,26 @@ class Steering:
 
         Raises RecipeError where it can't be a name, ModelMismatch where the vector is for another model.
         """
-        if not name.isidentifier():
-            raise RecipeError(f"expected a name as in a recipe, got {name!r}")
+        name = as_name(name)
         require_fit(vector, self._attached().fingerprint)
-        self._found[name] = vector
+        self._found[name] = replace(vector, name=name)
 
     def clear(self) -> None:
         """Stop steering: the output is bit-identical to a model never attached."""
         self.set(NOTHING)
 
     def compile(self, recipe: RecipeLike) -> Program:
-        """Compile without setting it: `set` takes the result in microseconds. Raises as `set` does."""
+        """Compile without setting it: `set` takes the result in microseconds. Raises as `set` does.
+
+        Issues a DoseWarning, once for each vector, for a dose beyond what the vector was calibrated for.
+        """
         runtime = self._attached()
-        return compile_recipe(as_recipe(recipe), runtime.fingerprint, self._find, runtime)
+        program = compile_recipe(as_recipe(recipe), runtime.fingerprint, self._find, runtime)
+        for warning in excessive_doses(program):
+            if warning.name not in self._warned:
+                self._warned.add(warning.name)
+                warn(warning)
+        return program
 
     @contextmanager
     def __call__(self, recipe: Setting) -> Iterator[Steering]:

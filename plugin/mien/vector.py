@@ -184,6 +184,28 @@ class Vector:
         """One of WINDOWS; "all" where the file does not say."""
         return self.meta.get("when", "all")
 
+    @property
+    def calibrated(self) -> tuple[float, float] | None:
+        """The least and the greatest dose whose replies were measured; None if it was not calibrated."""
+        curve = self.meta.get("calibration.dose")
+        if not isinstance(curve, list) or not curve or not all(map(_is_number, curve)):
+            return None
+        doses = [float(dose) for dose in curve if not isinstance(dose, str)]
+        return min(doses), max(doses)
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The least and the greatest dose that pass without a DoseWarning; None if it was not calibrated.
+
+        They are the ends of what was measured. If only positive doses were, negative ones pass down to -1,
+        and down to -0.5 for an emotion, whose negative side is not a pole of its own.
+        """
+        if self.calibrated is None:
+            return None
+        least, greatest = self.calibrated
+        unmeasured = -0.5 if self.meta.get("kind") == "emotion" else -1.0
+        return least if least < 0 else unmeasured, greatest
+
     @cached_property
     def layer_ids(self) -> npt.NDArray[np.int32]:
         """The layers as an int32 array, as the engine takes them."""

@@ -9,12 +9,13 @@ Commands import what they need when they run: `mien --help` and `mien list` load
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
-from ..errors import MienError, MissingExtra
+from ..errors import MienError, MienWarning, MissingExtra
 from .exchanging import import_
 from .making import bench, extract, pack
 from .showing import doctor, info, list_
@@ -29,12 +30,26 @@ _EXTRAS = {
 }
 
 
+def _one_line(show: Any) -> Any:
+    """A `showwarning` that prints mien's warnings without a place in the source, and others as `show`."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, MienWarning):
+            click.echo(f"warning: {message}", err=True)
+        else:
+            show(message, category, *where, **more)
+
+    return show_warning
+
+
 class _Commands(click.Group):
     """Prints a MienError as one message and ends with its exit code; a bug keeps its traceback."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with warnings.catch_warnings():  # restores showwarning
+                warnings.showwarning = _one_line(warnings.showwarning)
+                return super().invoke(context)
         except MienError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             context.exit(error.exit_code)

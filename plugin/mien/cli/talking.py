@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MienError
+from ..errors import MienError, RecipeError
 from .options import json_option, model_option, print_json, threads_option
 from .speakers import SPEAKERS, Limits, Speaker, load_speaker
 from .watching import watch_json, watch_lines
 
 if TYPE_CHECKING:
     from ..steering import Applied, Steering
+    from ..vector import Vector
     from ..watch import Watch
 
 generation_options = [
@@ -43,6 +44,31 @@ generation_options = [
     ),
     threads_option,
 ]
+vector_option = click.option(
+    "--vector",
+    "vectors",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Use a vector file under NAME, by default the name in the file (repeatable).",
+)
+
+
+def read_vectors(given: tuple[str, ...]) -> dict[str, Vector]:
+    """{name: vector} for the values of --vector. Raises VectorFileError, and RecipeError for a bad name."""
+    from ..recipe import as_name
+    from ..vectorfile import load
+
+    found = {}
+    for text in given:
+        name, _, file = text.partition("=")
+        if not file or "/" in name:  # no name, or a path with a = of its own
+            name, file = "", text
+        vector = load(file)
+        try:
+            found[as_name(name or vector.name)] = vector
+        except RecipeError as error:
+            raise RecipeError(f"{error.problem}. Name it: --vector NAME={file}") from None
+    return found
 
 
 def with_generation_options(command: Any) -> Any:
@@ -65,6 +91,7 @@ def with_generation_options(command: Any) -> Any:
     metavar="NAME",
     help="Show how much of a vector each token holds; can be given several times.",
 )
+@vector_option
 @model_option
 @with_generation_options
 @json_option
@@ -75,6 +102,7 @@ def run(
     raw: bool,
     compare: bool,
     watched: tuple[str, ...],
+    vectors: tuple[str, ...],
     model: str | None,
     runtime: str,
     max_tokens: int,
@@ -90,6 +118,7 @@ def run(
     mien run "How was your day?" --steer joy
     mien run "How was your day?" --steer "0.8*joy - 0.3*anger" --compare
     mien run "How was your day?" --steer joy --watch joy --watch anger
+    mien run "How was your day?" --vector warm.gguf --steer "0.5*warm"
     """
     if raw and system:
         raise click.UsageError("--system belongs to a chat template; it can't go with --raw")
@@ -97,9 +126,12 @@ def run(
         prompt = sys.stdin.read()
     from ..recipe import parse
 
-    parse(steer)  # a typing mistake shows before a model is loaded
+    parse(steer)  # a mistake shows before a model is loaded
+    named = read_vectors(vectors)
     speaker = load_speaker(runtime, model, n_ctx, threads)
     steering = speaker.steering
+    for name, vector in named.items():
+        steering.define(name, vector)
     limits = Limits(max_tokens, temperature, seed)
     program = steering.compile(steer)
     watch = steering.watch(*watched) if watched else None
@@ -138,11 +170,13 @@ def run(
 @click.command()
 @click.option("--steer", "-s", default="", metavar="RECIPE", help="The recipe to begin with.")
 @click.option("--system", help="System prompt.")
+@vector_option
 @model_option
 @with_generation_options
 def chat(
     steer: str,
     system: str | None,
+    vectors: tuple[str, ...],
     model: str | None,
     runtime: str,
     max_tokens: int,
@@ -161,8 +195,11 @@ def chat(
     /reset          forget the conversation
     /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
     """
+    named = read_vectors(vectors)
     speaker = load_speaker(runtime, model, n_ctx, threads)
     steering = speaker.steering
+    for name, vector in named.items():
+        steering.define(name, vector)
     steering.set(steer)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
