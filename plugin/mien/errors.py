@@ -32,10 +32,6 @@ from collections.abc import Iterable
 _NEAREST = 5  # names that are offered in place of an unknown one
 
 
-class MienWarning(UserWarning):
-    """Something that is allowed and probably not meant."""
-
-
 class MienError(Exception):
     """Base of every error meant for a user. `exit_code` is what the command line returns."""
 
