@@ -6,8 +6,8 @@
 # make pack   make the shipped pack again from the contrast data (an hour)
 # make clean  remove the environment and what was built
 
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
+SHELL := /bin/sh
+.SHELLFLAGS := -eu -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -18,13 +18,14 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 # llama.cpp takes minutes to build, so its wheel is kept. It uses the instructions of the machine it was
-# built on: the folder's name tells one kind of processor from another.
+# built on, and that machine's C library: the folder's name tells them apart.
 CACHE ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/mien
 # Virtual machines may show AMX and fault on its first instruction, so llama.cpp is built without it.
 NO_AMX := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGGML_NATIVE=OFF \
     $(foreach set,SSE42 AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16,-DGGML_$(set)=ON))
 CPU := $(shell uname -m)-$(shell { grep -m1 -E '^(flags|Features)' /proc/cpuinfo || uname -v; echo $(NO_AMX); } 2>/dev/null | cksum | cut -d' ' -f1)
-WHEELS := $(CACHE)/wheels/$(CPU)
+MUSL := $(if $(findstring musl,$(shell cc -dumpmachine 2>/dev/null)),-musl)
+WHEELS := $(CACHE)/wheels/$(CPU)$(MUSL)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := PIP_CONSTRAINT=constraints.txt
@@ -65,7 +66,8 @@ clean:
 	rm -rf $(VENV) build csrc/build plugin/*.egg-info plugin/mien/_engine.*
 
 $(VENV)/.created:
-	@command -v g++ cc >/dev/null || { echo "a C and a C++ compiler are needed: apt install gcc g++"; exit 1; }
+	@command -v cc >/dev/null && command -v g++ >/dev/null || \
+	    { echo "a C and a C++ compiler are needed: apt install gcc g++, or apk add gcc g++"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "Python's venv is needed: apt install python3-venv"; exit 1; }
 	@$(PIP) install -q --upgrade "pip>=24"
 	@touch $@

@@ -4,8 +4,9 @@
 #include <string.h>
 
 /* One build, the best instruction set of the machine it runs on. Contraction to fused multiply-add is
- * off (see build.py), so every variant gives the same bits. Sanitizers can't start with such clones. */
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && !defined(MIEN_PORTABLE)
+ * off (see build.py), so every variant gives the same bits. The clones are chosen by the dynamic linker of
+ * glibc; musl's cannot do that (no IFUNC), and the sanitizers can't start with them. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) && !defined(MIEN_PORTABLE)
 #define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VARIANTS
