@@ -1,4 +1,4 @@
-"""Builds `mien._engine`, the C engine behind cffi: a C compiler is all that it takes.
+"""Builds `mien._engine`, the C engine behind cffi: it requires a C compiler (gcc or clang) and nothing else.
 
 The declarations are the parts of the headers between the `cdef` marks, so there is one source of them.
 MIEN_DEV=1 turns warnings into errors, as the test suite builds it.
@@ -11,6 +11,12 @@ from pathlib import Path
 
 from cffi import FFI
 
+if sys.platform == "win32":
+    raise SystemExit(
+        "\nmien: Windows is not supported, got sys.platform win32. The C engine builds on Linux and macOS,\n"
+        "with gcc or clang. On Windows, install mien inside WSL (https://learn.microsoft.com/windows/wsl).\n"
+    )
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
@@ -22,9 +28,6 @@ def declarations(header: str) -> str:
 
 
 warnings = ["-Wall", "-Wextra", "-Werror"] if os.environ.get("MIEN_DEV") == "1" else []
-flags = (
-    ["-std=c11", "-O3", "-ffp-contract=off", *warnings] if sys.platform != "win32" else ["/std:c11", "/O2"]
-)
 
 ffibuilder = FFI()
 for header in ("mien_program.h", "mien_batch.h", "mien_llama.h"):
@@ -37,7 +40,7 @@ ffibuilder.set_source(
         for part in ("kernels", "program", "ggml", "batch", "llama")
     ],
     include_dirs=["csrc"],
-    extra_compile_args=flags,
-    libraries=[] if sys.platform == "win32" else ["m"],
+    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", *warnings],
+    libraries=["m"],
     py_limited_api=True,
 )

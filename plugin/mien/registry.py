@@ -50,7 +50,7 @@ def shipped_packs() -> Path:
 
     try:
         return Path(str(files("mien.vectors")))
-    except ImportError:  # run from a checkout that is not installed
+    except ImportError:  # an editable installation, or a checkout that is not installed
         return Path(__file__).parents[2] / "vectors"
 
 
