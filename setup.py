@@ -21,9 +21,9 @@ class BuildEngine(build_ext):
         except (CompileError, LinkError, PlatformError) as error:
             raise SystemExit(
                 f"\nmien: its C engine could not be built: {error}\n"
-                "It needs a C compiler and nothing else. On Debian or Ubuntu: apt install gcc libc6-dev;\n"
-                "on Fedora: dnf install gcc; on Alpine: apk add gcc musl-dev; on macOS: xcode-select --install.\n"
-                "Then run pip install again.\n"
+                "It requires a C compiler and nothing else. On Debian or Ubuntu: apt install gcc libc6-dev;\n"
+                "on Fedora: dnf install gcc; on Alpine: apk add gcc musl-dev;\n"
+                "on macOS: xcode-select --install. Then run pip install again.\n"
             ) from error
 
 

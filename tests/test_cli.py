@@ -474,7 +474,7 @@ def test_a_pack_is_made_reported_and_steers(
     assert made["vectors"] == ["warm"]
     assert "all as the manifest says" in invoke("pack", "verify", "mine").stdout
     meta = json.loads(invoke("info", "mine/warm.gguf", "--json").stdout)["meta"]
-    assert meta["data_digest"] == Corpus.read(tmp_path / "data").digest
+    assert meta["data_digest"] == Corpus.read(tmp_path / "data").traits[0].digest
     assert meta["method"].startswith(method)
     assert len(meta["test.curve"]) == len(meta["test.dose"]) == 9
     files = json.loads(invoke("pack", "report", "mine", "--figures", "figures", "--json").stdout)["files"]

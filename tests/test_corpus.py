@@ -34,21 +34,18 @@ EVENTS = """
 [[event]]
 split = "train"
 scenario = "one"
-valence = "neutral"
 text = "It rained."
 a = "Good."
 b = "Bad."
 [[event]]
 split = "calibration"
 scenario = "two"
-valence = "neutral"
 text = "It snowed."
 a = "Fine."
 b = "Grim."
 [[event]]
 split = "test"
 scenario = "three"
-valence = "neutral"
 text = "It hailed."
 """
 
@@ -70,8 +67,18 @@ def test_a_corpus_is_read(tmp_path: Path) -> None:
     (group,) = found.groups
     assert [event.text for event in group.of("test")] == ["It hailed."]
     assert group.of("test", replied=True) == []
-    again = Corpus.read(write(tmp_path, {"moods/weather.toml": EVENTS.replace("Grim", "Dire")}))
-    assert again.digest != found.digest
+
+
+def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
+    files = {"manner/warm.toml": TRAIT, "moods/group.toml": GROUP, "moods/weather.toml": EVENTS}
+    found = Corpus.read(write(tmp_path, files))
+    layout = {name: f"# Of what?\n\n{text.replace(' = ', '   =  ')}" for name, text in files.items()}
+    assert Corpus.read(write(tmp_path, layout)).digest == found.digest
+    other = {**files, "moods/weather.toml": EVENTS.replace("Grim", "Dire")}
+    changed = Corpus.read(write(tmp_path, other))
+    assert changed.digest != found.digest
+    assert changed.groups[0].digest != found.groups[0].digest
+    assert changed.traits[0].digest == found.traits[0].digest
 
 
 @pytest.mark.parametrize(
@@ -132,9 +139,6 @@ def test_the_data_that_ships_is_whole() -> None:
     (emotions,) = found.groups
     assert len(emotions.members) == 10
     assert Counter(event.split for event in emotions.events) == {"train": 48, "calibration": 24, "test": 120}
-    assert Counter(event.valence for event in emotions.events) == dict.fromkeys(
-        ("positive", "neutral", "negative"), 64
-    )
     assert len(found.traits) == 35
     families = Counter(trait.family for trait in found.traits)
     assert (families["big_five"], families["sixteen_factors"], families["dark_triad"]) == (5, 16, 3)

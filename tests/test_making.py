@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -442,7 +443,7 @@ def corpus(folder: Path) -> Corpus:
         return f'positive = "{high}"\nnegative = "{low}"\n' + "".join(pairs)
 
     events = [
-        f'[[event]]\nsplit = "{split}"\nscenario = "{split}{k}"\nvalence = "neutral"\n'
+        f'[[event]]\nsplit = "{split}"\nscenario = "{split}{k}"\n'
         f'text = "{split} {k} told {ask}"\n'
         + "".join(f'{m} = "{m} so {m} {ask}"\n' for m in ("red", "blue", "tan"))
         for split, count in (("train", 5), ("calibration", 3), ("test", 4))
@@ -492,9 +493,9 @@ def test_a_pack_is_made_and_says_what_its_vectors_are_worth(
         vector = pack.load(name)
         meta: Any = vector.meta
         assert vector.layers == (1, 2)
-        assert meta["data_digest"] == data.digest
         # Its claims, measured again from the file.
         entry = next((t for t in data.traits if t.name == name), None)
+        assert meta["data_digest"] == (entry or data.groups[0]).digest
         if entry is not None:
             assert meta["test.effect"] == pytest.approx(effect(many, vector, entry.of("test")), abs=1e-4)
             assert meta["test.effect"] > max(meta["test.random_effect"])
@@ -602,14 +603,69 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(many: Evaluator, data: Cor
         assert (whole.path / entry.file).read_bytes() == (parts.path / entry.file).read_bytes()
 
 
+def changed(folder: Path, name: str, old: str, new: str) -> Corpus:
+    path = folder / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return Corpus.read(folder)
+
+
+def again(many: Evaluator, data: Corpus, folder: Path) -> tuple[Pack, set[str]]:
+    """The pack, made once more, and the stages for which something was measured."""
+    measured = set()
+
+    def note(stage: str) -> Any:
+        return lambda done, total: measured.add(stage)
+
+    pack = maker(many, data, folder, stage=note).make(**KNOWN)
+    # These two show progress for what was kept as well.
+    return pack, {s for s in measured if s != "reading across" and not s.startswith("crossing")}
+
+
 def test_what_was_made_of_other_data_is_not_taken(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
     first = maker(many, data, tmp_path / "pack").make(**KNOWN)
+    glad, loud = first.load("glad"), first.load("loud")
+    other = changed(tmp_path / "data", "manner/loud.toml", "hush indeed", "hush never")
+    second, measured = again(many, other, tmp_path / "pack")
+    assert second.load("loud").digest != loud.digest
+    assert second.load("loud").meta["data_digest"] == other.traits[1].digest
+    assert second.load("glad").digest == glad.digest
+    assert measured == {"reading loud", "dosing loud", "testing loud"}
+
+
+def test_a_comment_measures_nothing_again(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
+    first = maker(many, data, tmp_path / "pack").make(**KNOWN)
     before = {name: entry.sha256 for name, entry in first.entries.items()}
-    path = tmp_path / "data" / "manner" / "loud.toml"
-    path.write_text(path.read_text().replace("hush indeed", "hush never"))
-    second = maker(many, Corpus.read(tmp_path / "data"), tmp_path / "pack").make(**KNOWN)
-    assert second.entries["loud"].sha256 != before["loud"]
-    assert second.load("loud").meta["data_digest"] != data.digest
+    path = tmp_path / "data" / "manner" / "glad.toml"
+    path.write_text(f"# Glad.\n{path.read_text()}")
+    second, measured = again(many, Corpus.read(tmp_path / "data"), tmp_path / "pack")
+    assert not measured
+    assert {name: entry.sha256 for name, entry in second.entries.items()} == before
+
+
+def test_another_trait_leaves_the_others_as_they_were(many: Evaluator, data: Corpus, tmp_path: Path) -> None:
+    first = maker(many, data, tmp_path / "pack").make(**KNOWN)
+    shutil.copy(tmp_path / "data" / "manner" / "loud.toml", tmp_path / "data" / "manner" / "slow.toml")
+    other = changed(tmp_path / "data", "manner/slow.toml", "hush", "rest")
+    second, measured = again(many, other, tmp_path / "pack")
+    assert {stage for stage in measured if "purified" not in stage} == {
+        "reading slow",
+        "dosing slow",
+        "testing slow",
+    }
+    assert set(second.entries) == {*first.entries, "slow"}
+
+
+def test_a_new_test_text_measures_the_claims_and_no_dose(
+    many: Evaluator, data: Corpus, tmp_path: Path
+) -> None:
+    before = maker(many, data, tmp_path / "pack").make(**KNOWN).load("loud")
+    other = changed(tmp_path / "data", "manner/loud.toml", "test 1 about", "test one about")
+    second, measured = again(many, other, tmp_path / "pack")
+    assert measured == {"reading loud", "testing loud"}
+    after = second.load("loud")
+    assert after.digest == before.digest
+    assert after.meta["test.effect"] != before.meta["test.effect"]
 
 
 def test_a_vector_that_does_nothing_is_marked_as_weak(many: Evaluator, data: Corpus, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ A family of a group has events, to each of which every member of the group repli
     [[event]]
     split = "train"
     scenario = "interview"                     # all events of a scenario are in one split
-    valence = "positive"
     text = "They offered me the post on the spot."
     joy = "Oh, that is wonderful!"             # and so on; test events may be without replies
 
@@ -32,9 +31,10 @@ Splits are disjoint: a scenario, or a question, that stands in two of them is re
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ class Trait:
     low: tuple[str, ...]
     pairs: tuple[Pair, ...]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of the above."""
+        return _digest(self)
+
     def of(self, split: str) -> list[Pair]:
         """The pairs of one split."""
         return [pair for pair in self.pairs if pair.split == split]
@@ -83,7 +88,6 @@ class Event:
     split: str
     theme: str
     scenario: str
-    valence: str
     text: str
     replies: Mapping[str, str]
 
@@ -96,6 +100,11 @@ class Group:
     members: Mapping[str, str]
     events: tuple[Event, ...]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of the above."""
+        return _digest(self)
+
     def of(self, split: str, *, replied: bool = False) -> list[Event]:
         """The events of one split; replied: only those that the members reply to."""
         return [event for event in self.events if event.split == split and (event.replies or not replied)]
@@ -103,11 +112,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a pack is made from. digest: SHA-256 over all of it."""
+    """What a pack is made from."""
 
     traits: tuple[Trait, ...]
     groups: tuple[Group, ...]
-    digest: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what was read; comments and layout of the files do not count."""
+        return _digest(self)
 
     @property
     def names(self) -> list[str]:
@@ -127,22 +140,23 @@ class Corpus:
         families = sorted(path for path in folder.iterdir() if path.is_dir())
         traits: list[Trait] = []
         groups: list[Group] = []
-        digest = hashlib.sha256()
         for family in families:
             files = sorted(family.glob("*.toml"))
-            for path in files:
-                digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
             if (family / GROUP).exists():
                 groups.append(_group(family, [path for path in files if path.name != GROUP]))
             else:
                 traits += (_trait(path) for path in files)
-        corpus = cls(tuple(traits), tuple(groups), digest.hexdigest())
+        corpus = cls(tuple(traits), tuple(groups))
         names = corpus.names
         if not names:
             raise MienError(f"{folder}: there is no contrast data in it")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise MienError(f"{folder}: {', '.join(twice)} is there twice")
         return corpus
+
+
+def _digest(entry: Trait | Group | Corpus) -> str:
+    return hashlib.sha256(json.dumps(asdict(entry)).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -204,10 +218,8 @@ def _events(path: Path, members: Mapping[str, str]) -> Iterator[Event]:
         replies = {name: _line(path, f"event {i}", entry, name) for name in there}
         if len(set(replies.values())) < len(replies):
             raise MienError(f"{path}, event {i}: two members reply the same")
-        scenario, valence, text = (
-            _line(path, f"event {i}", entry, key) for key in ("scenario", "valence", "text")
-        )
-        yield Event(split, path.stem, scenario, valence, text, replies)
+        scenario, text = (_line(path, f"event {i}", entry, key) for key in ("scenario", "text"))
+        yield Event(split, path.stem, scenario, text, replies)
 
 
 def _numbered(path: Path, data: Mapping[str, Any], key: str) -> list[tuple[int, dict[str, Any]]]:

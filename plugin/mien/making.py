@@ -3,9 +3,10 @@
     maker = Maker(path, corpus, folder)
     pack = maker.make(name="smollm2-135m-instruct", version="1.0.0", licence="Apache-2.0")
 
-Each stage is kept in the folder `.making` beside the pack and not done again, so that an interrupted run
-goes on where it was; what was made of other data, another model or other settings is not taken. The same run
-on the same machine gives the same bytes.
+Each stage is kept in the folder `.making` beside the pack under a key over all that it uses: the model, the
+texts that it evaluates, the settings that it reads and the vectors that it measures. So an interrupted run
+resumes where it left off, and after a change of the data only the stages that use what changed run again. The
+same run on the same machine gives the same bytes.
 
 Splits: directions come from the train split; dose and middle from the calibration split; everything that the
 files claim about a vector (accuracy, effect, leakage, examples) is measured on the test split.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -116,23 +117,6 @@ class Maker:
         self._plains: dict[object, Dose] = {}
         self._plain_scores: dict[str, Scores] = {}  # of what is crossed, by name
         self._cache = self.folder / ".making"
-        rounds = ROUNDS, TRAIT_ROUNDS
-        said = f"{corpus.digest} {many.fingerprint} {self.layers} {settings.seed} {rounds}"
-        self._trained_key = hashlib.sha256(said.encode()).hexdigest()
-        how = (
-            COEFFICIENTS,
-            AGAIN,
-            PROMPTS,
-            REPLY_TOKENS,
-            ITEMS,
-            CROSS,
-            SHOWN,
-            PROBED,
-            RANDOM,
-            READ_TEXTS,
-            DOSES,
-        )
-        self._key = hashlib.sha256(f"{self._trained_key} {settings} {how}".encode()).hexdigest()
         self._families: dict[str, list[Trait | Group]] = {}
         every: list[Trait | Group] = [*corpus.groups, *corpus.traits]
         for entry in every:
@@ -160,60 +144,53 @@ class Maker:
         rows = self._trained() if self.settings.method == "trained" else {}
         for entries in self._families.values():
             for entry in entries:
-                kept = [vector for name in _names(entry) if (vector := self._load_vector(name))]
+                own = {name: rows[name] for name in _names(entry) if name in rows}
+                key = self._key(entry.digest, self.settings.method, {n: r.tobytes() for n, r in own.items()})
+                kept = self._load_vectors(entry, key)
                 if len(kept) < len(_names(entry)):
                     self._cache.mkdir(exist_ok=True)
-                    for vector in (
-                        self._group(entry, rows) if isinstance(entry, Group) else [self._trait(entry, rows)]
-                    ):
-                        known = {**vector.meta, "making": self._key}
+                    made = self._group(entry, own) if isinstance(entry, Group) else [self._trait(entry, own)]
+                    for vector in made:
+                        known = {**vector.meta, "making": key}
                         replace(vector, meta=known).save(self._cache / f"{vector.name}.gguf")
                     # Read again, since a file rounds: a run that goes on has the same numbers.
-                    kept = [vector for name in _names(entry) if (vector := self._load_vector(name))]
+                    kept = self._load_vectors(entry, key)
                 yield from kept
 
-    def _load_vector(self, name: str) -> Vector | None:
-        path = self._cache / f"{name}.gguf"
-        if not path.exists():
-            return None
-        vector = load(path)
-        meta = dict(vector.meta)
-        return replace(vector, meta=meta) if meta.pop("making", None) == self._key else None
+    def _load_vectors(self, entry: Trait | Group, key: str) -> list[Vector]:
+        """The vectors of an entry that were kept under that key."""
+        paths = [self._cache / f"{name}.gguf" for name in _names(entry)]
+        vectors = [load(path) for path in paths if path.exists()]
+        own = [vector for vector in vectors if vector.meta.get("making") == key]
+        return [replace(v, meta={k: x for k, x in v.meta.items() if k != "making"}) for v in own]
 
     def _trained(self) -> dict[str, Floats]:
         """{name: rows} of every vector, a family at a time."""
         rows: dict[str, Floats] = {}
         for family, entries in self._families.items():
             rounds = ROUNDS if any(isinstance(entry, Group) for entry in entries) else TRAIT_ROUNDS
-            rows |= self._train(family, partial(_lessons, entries, self._text), rounds)
+            rows |= self._train(family, list(_lessons(entries, self._text)), rounds)
         return rows
 
-    def _train(self, stage: str, lessons: Callable[[], Iterable[Lesson]], rounds: int) -> dict[str, Floats]:
+    def _train(self, stage: str, lessons: Sequence[Lesson], rounds: int) -> dict[str, Floats]:
         """What is trained on the lessons, or was in an earlier run."""
-        path = self._cache / f"{stage}.npz"
-        if (kept := self._load_rows(path)) is not None:
+        path, seed = self._cache / f"{stage}.npz", self.settings.seed
+        key = self._key(lessons, rounds, seed)
+        if (kept := _load_rows(path, key)) is not None:
             return kept
         from .training import Example, train
 
         if self._model is None:
             assert self._trainable is not None
             self._model = self._trainable()
-        examples = [Example(*lesson) for lesson in lessons()]
-        progress, seed = self._stage(f"training {stage}"), self.settings.seed
+        examples = [Example(*lesson) for lesson in lessons]
+        progress = self._stage(f"training {stage}")
         found = train(self._model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
         self._cache.mkdir(exist_ok=True)
-        arrays: dict[str, Any] = {"key": np.array(self._trained_key), **found}
+        arrays: dict[str, Any] = {"key": np.array(key), **found}
         np.savez(buffer := BytesIO(), **arrays)
         write_whole(path, buffer.getvalue())  # half a file would stop the next run
         return found
-
-    def _load_rows(self, path: Path) -> dict[str, Floats] | None:
-        if not path.exists():
-            return None
-        with np.load(path) as data:
-            if str(data["key"]) != self._trained_key:
-                return None
-            return {name: data[name] for name in data.files if name != "key"}
 
     def _group(self, group: Group, rows: Mapping[str, Floats]) -> list[Vector]:
         split = "calibration" if rows else "train"
@@ -236,7 +213,7 @@ class Maker:
         return read_states(self.many, samples, read="mean", layers=self.layers, progress=progress)
 
     def _meta(self, entry: Trait | Group) -> dict[str, MetaValue]:
-        return {"kind": _kind(entry), "family": entry.family, "data_digest": self.corpus.digest}
+        return {"kind": _kind(entry), "family": entry.family, "data_digest": entry.digest}
 
     def _vector(
         self,
@@ -262,13 +239,15 @@ class Maker:
         """The vector, scaled; name: of the stage, for a vector may be scaled again after it was purified."""
 
         budget = self.settings.budgets[_kind(self._entry(vector.name))]
+        prompts = self.prompts(vector.name, "calibration")
+        coefficients = coefficients or COEFFICIENTS[self.settings.method]
 
         def find() -> dict[str, Any]:
             found = calibrate(
                 self.many,
                 vector,
-                self.prompts(vector.name, "calibration"),
-                coefficients=coefficients or COEFFICIENTS[self.settings.method],
+                prompts,
+                coefficients=coefficients,
                 budget=budget,
                 reply_tokens=REPLY_TOKENS,
                 plain=self._plain(vector.name),
@@ -277,7 +256,7 @@ class Maker:
             )
             return {"curve": [asdict(dose) for dose in found.curve], "chosen": found.chosen}
 
-        kept = self._kept(f"dose-{name}", find, vector)
+        kept = self._kept(f"dose-{name}", find, vector, prompts, coefficients, budget, REPLY_TOKENS)
         curve = tuple(Dose(**dose) for dose in kept["curve"])
         found = Calibration(curve, kept["chosen"], budget)
         baked = bake(vector, found)
@@ -334,36 +313,36 @@ class Maker:
 
     def _effects(self, stage: str, name: str, vectors: Sequence[Vector]) -> list[float]:
         """By how much full dose of each vector raises the GAP of `name`."""
+        poles = self._poles(name, "calibration", CROSS)
 
         def find() -> list[float]:
-            poles = self._poles(name, "calibration", CROSS)
             if name not in self._plain_scores:
                 self._plain_scores[name] = poles.scores(self.many, [NOTHING])[0]
             steered = poles.scores(self.many, [self.many.compile(vector) for vector in vectors])
             return [raised(self._plain_scores[name], scores).value for scores in steered]
 
-        return list(self._kept(stage, find, *vectors))
+        return list(self._kept(stage, find, poles, *vectors))
 
     def _shown(self, stage: str, vector: Vector) -> float:
         """The share of the model's own replies to the calibration split that show the manner at full dose."""
+        entry, layer = self._entry(vector.name), round(PROBED * (self.many.fingerprint.n_layer - 1))
+        if isinstance(entry, Group):
+            sides = _samples(entry, entry.of("calibration", replied=True))
+            asks, own = [event.text for event in entry.of("calibration")], vector.name
+        else:
+            sides = _poles_of(entry.of("calibration"))
+            asks, own = [pair.ask for pair in entry.of("calibration")], "positive"
+        prompts = [self._text(ask) for ask in _spread(asks, SHOWN)]
 
         def find() -> float:
-            entry, layer = self._entry(vector.name), round(PROBED * (self.many.fingerprint.n_layer - 1))
-            if isinstance(entry, Group):
-                sides = _samples(entry, entry.of("calibration", replied=True))
-                asks, own = [event.text for event in entry.of("calibration")], vector.name
-            else:
-                sides = _poles_of(entry.of("calibration"))
-                asks, own = [pair.ask for pair in entry.of("calibration")], "positive"
             probe = Probe(read_states(self.many, sides, read="mean", layers=[layer]))
-            prompts = [self._text(ask) for ask in _spread(asks, SHOWN)]
             every = [self.many.compile(vector)] * len(prompts)
             replies = self.many.generate(prompts, REPLY_TOKENS, programs=every)
             told = [reply for reply in replies if reply.answer]
             states = [rows[0].mean(axis=0) for _, rows in self.many.capture(told, [layer])]
             return probe(np.array(states, dtype=np.float64)).count(own) / len(replies) if told else 0.0
 
-        return float(self._kept(f"shown-{stage}", find, vector))
+        return float(self._kept(f"shown-{stage}", find, vector, sides, own, layer, prompts, REPLY_TOKENS))
 
     def _readouts(self, vectors: Mapping[str, Vector]) -> dict[str, dict[str, MetaValue]]:
         """By vector, how far full dose of it moves each readout; 1: what that one adds to a layer itself."""
@@ -394,7 +373,9 @@ class Maker:
         for i, name in enumerate(vectors):
             found[name] = {
                 "readout.names": list(vectors),
-                "readout.moved": self._kept(f"read-{name}", partial(moved, name), *vectors.values()),
+                "readout.moved": self._kept(
+                    f"read-{name}", partial(moved, name), name, texts, *vectors.values()
+                ),
             }
             progress(i + 1, len(vectors))
         return found
@@ -403,17 +384,19 @@ class Maker:
 
     def _evaluated(self, vector: Vector) -> dict[str, MetaValue]:
         progress = self._stage(f"testing {vector.name}")
-        return dict(self._kept(f"test-{vector.name}", partial(self._evaluate, vector, progress), vector))
+        poles, prompt = self._poles(vector.name, "test"), self.prompts(vector.name, "test")[0]
+        find = partial(self._evaluate, vector, poles, prompt, progress)
+        said = self._ask(vector.name), vector.meta["calibration.holds"]
+        return dict(self._kept(f"test-{vector.name}", find, vector, poles, prompt, *said, DOSES, RANDOM))
 
-    def _evaluate(self, vector: Vector, progress: Progress) -> dict[str, Any]:
-        many, poles = self.many, self._poles(vector.name, "test")
+    def _evaluate(self, vector: Vector, poles: Poles, prompt: Text, progress: Progress) -> dict[str, Any]:
+        many = self.many
         programs = [many.compile(vector * dose) if dose else NOTHING for dose in DOSES]
         random = [many.compile(_random_like(vector, k)) for k in range(RANDOM)]
         scores = poles.scores(many, [*programs, *random])
         effects = [gap(high, low).value for high, low in scores]
         shift = raised(scores[0], scores[len(DOSES) - 1])
         progress(1, 2)
-        prompt = self.prompts(vector.name, "test")[0]
         examples = many.generate(
             [prompt] * len(EXAMPLE_DOSES),
             48,
@@ -487,10 +470,15 @@ class Maker:
 
     # ---- what is kept between runs ----
 
-    def _kept(self, stage: str, find: Callable[[], Any], *of: Vector) -> Any:
-        """What `find` gives, or gave in an earlier run of the same vectors."""
-        path = self._cache / f"{stage}.json"
-        key = " ".join([self._key, *(vector.digest for vector in of)])
+    def _key(self, *of: object) -> str:
+        """SHA-256 over what a stage uses: the model, the layers and `of`."""
+        # A vector's repr does not show its floats.
+        said = [(x.digest, x.when) if isinstance(x, Vector) else x for x in of]
+        return hashlib.sha256(repr((self.many.fingerprint, self.layers, said)).encode()).hexdigest()
+
+    def _kept(self, stage: str, find: Callable[[], Any], *of: object) -> Any:
+        """What `find` returns, or returned in an earlier run. of: all that it uses, see `_key`."""
+        path, key = self._cache / f"{stage}.json", self._key(*of)
         if path.exists():
             try:
                 data = json.loads(path.read_text())
@@ -502,6 +490,16 @@ class Maker:
         self._cache.mkdir(exist_ok=True)
         write_whole(path, json.dumps({"key": key, "found": found}).encode())
         return found
+
+
+def _load_rows(path: Path, key: str) -> dict[str, Floats] | None:
+    """The rows that were kept under that key."""
+    if not path.exists():
+        return None
+    with np.load(path) as data:
+        if str(data["key"]) != key:
+            return None
+        return {name: data[name] for name in data.files if name != "key"}
 
 
 def _names(entry: Trait | Group) -> list[str]:
