@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import MienError
+from .errors import InputNotFound, MienError
 
 ARROW = "=>"
 
@@ -35,10 +35,17 @@ class Sample:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The items of a text file. Raises MienError where it can't be read or holds none."""
+    """The items of a text file.
+
+    Raises InputNotFound if there is no such file, MienError if it can't be read or is empty.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError as error:
+        raise InputNotFound(path, "can't be read (there is no such file)") from error
+    except OSError as error:
+        raise MienError(f"{path}: can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
         raise MienError(f"{path}: can't be read as UTF-8 text ({error})") from error
     lines = [line.strip() for line in text.splitlines()]
     items = [line for line in lines if line and not line.startswith("#")]

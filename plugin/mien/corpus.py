@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import MienError
+from .errors import InputNotFound, MienError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,12 +131,12 @@ class Corpus:
     def read(cls, folder: str | Path | None = None) -> Corpus:
         """The corpus in `folder`, by default the one that comes with mien.
 
-        Raises MienError, naming file and entry, for what can't be read, is empty, one-sided, stands twice,
-        stands in two splits, or is said by both poles.
+        Raises InputNotFound if there is no such folder; MienError, naming file and entry, for what can't be
+        read, is empty, one-sided, stands twice, stands in two splits, or is said by both poles.
         """
         folder = Path(folder) if folder is not None else Path(__file__).parent / "data"
         if not folder.is_dir():
-            raise MienError(f"{folder}: there is no such folder")
+            raise InputNotFound(folder, "there is no such folder")
         families = sorted(path for path in folder.iterdir() if path.is_dir())
         traits: list[Trait] = []
         groups: list[Group] = []

@@ -6,7 +6,11 @@
     ├── VectorError             1   arithmetic that has no meaning (shapes, numbers)
     ├── RecipeError             2   a recipe that does not parse; shows the place
     ├── NameNotFound            3   no such vector or pack; lists the nearest
+    ├── InputNotFound           3   no such file or folder of texts
     ├── ModelNotFound           3   no such model file, or none given
+    │   └── ModelFileError      4   a model file that is broken, or not a model
+    ├── PromptTooLong           1   a prompt that does not fit into the context
+    ├── ContextNotMade          1   the runtime could not make a context of that size
     ├── ModelMismatch           5   vector, pack and model do not belong together
     ├── RuntimeNotSupported     6   not a model that mien can attach to
     ├── SiteNotFound            6   the model has no such site, or it can't be told where
@@ -117,6 +121,47 @@ class ModelNotFound(MienError):
     """No model file at that path, or no model given and no default installed."""
 
     exit_code = 3
+
+
+class ModelFileError(ModelNotFound):
+    """The file is there, and it is broken or not a model. `path` is the file, `problem` what is wrong."""
+
+    exit_code = 4
+
+    def __init__(self, path: object, problem: str) -> None:
+        self.path, self.problem = str(path), problem
+        super().__init__(f"{path}: {problem}")
+
+
+class InputNotFound(MienError):
+    """There is no file or folder of that name. `path` is what was asked for."""
+
+    exit_code = 3
+
+    def __init__(self, path: object, problem: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{path}: {problem}")
+
+
+class PromptTooLong(MienError):
+    """The prompt does not fit into the context. `tokens` is its length, `room` the most that fits."""
+
+    def __init__(self, tokens: int, room: int) -> None:
+        self.tokens, self.room = tokens, room
+        super().__init__(
+            f"the prompt has {tokens} tokens, and at most {room} fit into the context. Make it shorter, or "
+            f"the context larger (--ctx)."
+        )
+
+
+class ContextNotMade(MienError):
+    """The runtime could not make a context. `n_ctx` is its size in tokens, `cause` what the runtime said."""
+
+    def __init__(self, path: object, n_ctx: int, cause: str) -> None:
+        self.path, self.n_ctx, self.cause = str(path), n_ctx, cause
+        super().__init__(
+            f"{path}: could not make a context of {n_ctx} tokens ({cause}). Ask for fewer (--ctx)."
+        )
 
 
 class ModelMismatch(MienError):

@@ -223,7 +223,9 @@ def layers_to_keep(layers: Sequence[int] | None, model: Fingerprint) -> list[int
     kept = list(layers) if layers is not None else list(range(1, model.n_layer))
     wrong = [layer for layer in kept if not 1 <= layer < model.n_layer]
     if wrong or not kept:
-        raise MienError(f"layers: expected some of 1 to {model.n_layer - 1}, got {wrong or 'none'}")
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        got = ", ".join(map(str, wrong[:3])) + more if wrong else "none"
+        raise MienError(f"layers: expected some of 1 to {model.n_layer - 1}, got {got}")
     return kept
 
 

@@ -31,7 +31,7 @@ from .contrast import Sample
 from .corpus import Corpus, Event, Group, Pair, Trait
 from .errors import MienError
 from .evaluation import Evaluator, Progress, Text
-from .extraction import Reading, middle, read_states, vector_between, vector_of
+from .extraction import Reading, layers_to_keep, middle, read_states, vector_between, vector_of
 from .fingerprint import Fingerprint
 from .judging import Probe, gap, spearman
 from .pack import Pack, write_whole
@@ -109,8 +109,8 @@ class Maker:
         if settings.method == "trained" and trainable is None:
             raise MienError("the method trained needs the model in transformers, too")
         n_layer = many.fingerprint.n_layer
-        layers = settings.layers or range(max(1, round(FIRST * n_layer)), max(2, round(LAST * n_layer)) + 1)
-        self.layers = [layer for layer in layers if layer < n_layer]
+        most = range(max(1, round(FIRST * n_layer)), min(max(2, round(LAST * n_layer)) + 1, n_layer))
+        self.layers = layers_to_keep(settings.layers or most, many.fingerprint)
         self.many, self.corpus, self.folder, self.settings = many, corpus, Path(folder), settings
         self._trainable, self._stage = trainable, stage
         self._model: Any = None  # what _trainable gave

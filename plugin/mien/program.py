@@ -199,14 +199,17 @@ def compile_recipe(
     where a sum is not finite.
     """
     terms = []
-    for term in recipe.terms:
-        require_sound(term)
-        terms.append((term, _resolved(term, model, find)))
-    starts = sorted({1, *(edge for term, _ in terms for edge in _edges(term.turn))})
     turns = []
-    for start in starts:
-        active = [(term, dose) for term, dose in terms if _holds(term.turn, start)]
-        turns.append((start, _program(recipe, active, model, sites)))
+    try:
+        for term in recipe.terms:
+            require_sound(term)
+            terms.append((term, _resolved(term, model, find)))
+        for start in sorted({1, *(edge for term, _ in terms for edge in _edges(term.turn))}):
+            active = [(term, dose) for term, dose in terms if _holds(term.turn, start)]
+            turns.append((start, _program(recipe, active, model, sites)))
+    except VectorError as error:
+        error.exit_code = RecipeError.exit_code  # the vectors are sound: it is what the recipe asks of them
+        raise
     first = turns[0][1]
     return first if len(turns) == 1 else replace(first, turns=tuple(turns))
 

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 import transformers
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
-from ..errors import MienError, MissingExtra, ModelNotFound
+from ..errors import MienError, MissingExtra, ModelFileError, ModelNotFound, PromptTooLong
 
 
 def load_hf(path: Path, *, dtype: str = "float32", **options: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a GGUF file, which transformers dequantises, or of a model's folder.
 
-    dtype: a torch dtype's name. Nothing is downloaded. Raises ModelNotFound where transformers can't load
-    it, with its reason, MissingExtra where accelerate is not installed.
+    dtype: a torch dtype's name. Nothing is downloaded. Raises ModelNotFound if files are missing,
+    ModelFileError, with its reason, if transformers can't load them, MissingExtra if accelerate is not
+    installed.
     """
     transformers.utils.logging.set_verbosity_error()
     source, file = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
@@ -37,8 +39,11 @@ def load_hf(path: Path, *, dtype: str = "float32", **options: Any) -> tuple[Any,
         raise
     except ImportError as error:  # how transformers says that accelerate is missing
         raise MissingExtra("accelerate", "hf") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFound(f"{path}: transformers can't load it as a model ({error})") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        problem = f"transformers can't load it as a model ({error})"
+        if path.is_dir() and not isinstance(error, SafetensorError):  # a file in it is missing
+            raise ModelNotFound(f"{path}: {problem}") from error
+        raise ModelFileError(path, problem) from error
     return model.eval(), tokenizer
 
 
@@ -69,11 +74,15 @@ def stream(
     """The continuation of `inputs` (int64 (1, tokens)), piece by piece; closing it stops the model.
 
     temperature: 0 takes the most probable token; else sampling as llama-cpp-python does it by default
-    (top_k 40, top_p 0.95, min_p 0.05). Raises MienError where the prompt leaves no room in n_ctx.
+    (top_k 40, top_p 0.95, min_p 0.05). Raises PromptTooLong if the prompt leaves no room in n_ctx, MienError
+    if it has no token.
     """
-    room = max_tokens if n_ctx is None else min(max_tokens, n_ctx - inputs.shape[1])
-    if room < 1:
-        raise MienError(f"the prompt has {inputs.shape[1]} tokens, the context room for {n_ctx}")
+    length = inputs.shape[1]
+    room = max_tokens if n_ctx is None else min(max_tokens, n_ctx - length)
+    if n_ctx is not None and room < 1:
+        raise PromptTooLong(length, n_ctx - 1)
+    if not length:
+        raise MienError("the prompt has no token")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = threading.Event()
