@@ -81,7 +81,9 @@ def test_list_shows_the_shipped_pack() -> None:
     assert {row["name"] for row in shipped} == set(Corpus.read().names)
     assert all(row["namespaced"] == f"smollm2_135m_instruct.{row['name']}" for row in shipped)
     assert "joy" in invoke("list").stdout
-    assert invoke("list", "--model", "no such model").stdout == ""
+    nothing = invoke("list", "--model", "no such model")
+    assert (nothing.exit_code, nothing.stdout) == (3, "")
+    assert "no packs found" not in nothing.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,32 @@ import numpy as np
 from . import bench_operators
 from .runtimes import attach
 from .steering import Steering
-from .timing import Row, ratios, row
+from .timing import Row, Tell, ratios, row, silent
 from .vector import Vector
 
+STATUS = Path("/proc/self/status")  # of Linux
 PROMPT = "The harbour was quiet when the boats came in, and nobody on the pier said a word. "
 RECIPE = "{a:.4f}*v0 + {b:.4f}*v1 - 0.3*v2 + 0.2*v3 - 0.1*v4"
 
 
 def run(
-    model: Path, threads: int = 2, rounds: int = 200, say: Callable[[str], None] = lambda _: None
-) -> list[Row]:
-    """All measurements on the GGUF file `model`; about a minute on a small one.
+    model: Path,
+    threads: int,
+    rounds: int = 200,
+    say: Callable[[str], None] = lambda _: None,
+    tell: Tell = silent,
+) -> Iterator[Row]:
+    """All measurements on the GGUF file `model`, each as soon as it is made; minutes, even on a small one.
 
-    threads: for decoding and prefill. rounds: decoded tokens a case; prefill takes a tenth of it.
+    threads: for decoding and prefill. rounds: decoded tokens a case; prefill takes a tenth of it. say: is
+    told what is measured next. tell: is told how far that is.
     """
     from .runtimes.llama_text import load_llama
 
     def load() -> Any:
         return load_llama(model, n_ctx=1024, n_threads=threads)
 
+    say("decode")
     plain, cvec = load(), load()
     prompt = plain.tokenize((PROMPT * 40).encode())[:400]
     vectors = _vectors(plain)
@@ -61,25 +68,23 @@ def run(
         "llama_set_adapter_cvec": cvec,
     }
     reach = {"in-graph": 1.01, "post-compute": 1.03}
-    rows = []
-    say("decode")
     cases = {name: _decoder(llm, prompt[:32]) for name, llm in contenders.items()}
-    rows += ratios("decode", cases, "unsteered", rounds, reach)
+    yield from ratios("decode", cases, "unsteered", rounds, reach, tell)
     say("prefill")
     cases = {name: _prefiller(llm, prompt) for name, llm in contenders.items()}
-    rows += ratios("prefill of 400", cases, "unsteered", max(rounds // 10, 4), dict.fromkeys(reach, 1.01))
+    few = max(rounds // 10, 4)
+    yield from ratios("prefill of 400", cases, "unsteered", few, dict.fromkeys(reach, 1.01), tell)
     say("swap")
-    rows += _swaps(steered["in-graph"], cvec, set_cvec, prompt[:32], rounds)
-    rows += _compile(steered["in-graph"][1])
+    yield from _swaps(steered["in-graph"], cvec, set_cvec, prompt[:32], rounds, tell)
+    yield from _compile(steered["in-graph"][1])
     say("operators and watching")
-    rows += bench_operators.decoding(load, lambda llm: _decoder(llm, prompt[:32]), rounds)
+    yield from bench_operators.decoding(load, lambda llm: _decoder(llm, prompt[:32]), rounds, tell)
     say("sequences")
-    rows += bench_operators.sequences(model, threads, max(rounds // 2, 4))
+    yield from bench_operators.sequences(model, threads, max(rounds // 2, 4), tell)
     say("kernels")
-    rows += bench_operators.kernels(rounds)
+    yield from bench_operators.kernels(rounds, tell)
     say("memory")
-    rows += _memory(model, threads)
-    return rows
+    yield from _memory(model, threads)
 
 
 class _FixedRegistry:
@@ -152,14 +157,15 @@ def _swaps(
     set_cvec: Callable[[], None],
     prompt: list[int],
     rounds: int,
-) -> list[Row]:
+    tell: Tell,
+) -> Iterator[Row]:
     """A change before every token, against none, for mien and for llama.cpp's own call."""
     llm, steering = steered
 
     def set_recipe(i: int) -> None:
         steering.set(RECIPE.format(a=0.5 + 0.0001 * (i % 997), b=0.4))
 
-    mien = ratios(
+    yield from ratios(
         "swap before every token",
         {
             "no change": _decoder(llm, prompt),
@@ -168,6 +174,7 @@ def _swaps(
         "no change",
         rounds,
         {"mien, five vectors": 1.02},
+        tell,
     )
     own = ratios(
         "swap before every token",
@@ -178,8 +185,9 @@ def _swaps(
         "cvec, no change",
         max(rounds // 2, 4),
         {},
+        tell,
     )
-    return [*mien, own[1]]
+    yield own[1]
 
 
 def _compile(steering: Steering) -> list[Row]:
@@ -200,7 +208,9 @@ def _compile(steering: Steering) -> list[Row]:
 
 
 def _memory(model: Path, threads: int) -> list[Row]:
-    """Resident memory, in a fresh process: see `measure_memory`."""
+    """Resident memory, in a fresh process: see `measure_memory`. Nothing where the system does not say."""
+    if not STATUS.exists():
+        return []
     code = f"from mien import bench; bench.measure_memory({str(model)!r}, {threads})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     added, grown = json.loads(result.stdout)
@@ -242,12 +252,11 @@ def measure_memory(model: str, threads: int) -> None:
 
 def _resident() -> int:
     """Bytes of anonymous resident memory; the mapped model file is not the process's own."""
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def as_json(rows: list[Row], model: Path, threads: int) -> dict[str, Any]:
+def as_json(rows: Iterable[Row], model: Path, threads: int) -> dict[str, Any]:
     return {
         "model": model.name,
         "threads": threads,

@@ -13,7 +13,7 @@ from .fingerprint import Fingerprint
 from .program import Program, compile_recipe
 from .recipe import parse
 from .runtimes import attach, init_from_model
-from .timing import Row, interleaved, ratios, row
+from .timing import Progress, Row, Tell, Times, interleaved, ratios, row, silent
 from .vector import Vector
 
 # One term of every operator, at every block but the first.
@@ -67,7 +67,10 @@ class OfVectors:
 
 
 def decoding(
-    load: Callable[[], Any], decoder: Callable[[Any], Callable[[int], None]], rounds: int
+    load: Callable[[], Any],
+    decoder: Callable[[Any], Callable[[int], None]],
+    rounds: int,
+    tell: Tell = silent,
 ) -> list[Row]:
     """A token with every operator at every layer, and with eight vectors watched there, against none.
 
@@ -85,7 +88,7 @@ def decoding(
         "eight vectors watched": decoder(watching),
     }
     reach = {"every operator": 1.03, "eight vectors watched": 1.03}
-    return ratios("decode at every layer", cases, "unsteered", rounds, reach)
+    return ratios("decode at every layer", cases, "unsteered", rounds, reach, tell)
 
 
 class _Batch:
@@ -95,6 +98,7 @@ class _Batch:
         import llama_cpp.llama_cpp as api
 
         self.context, self.sequences, self._decode = context, sequences, decode
+        self._n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context)))
         self.batch = api.llama_batch_init(32 * len(sequences), 0, 1)
         self.begin()
 
@@ -109,7 +113,8 @@ class _Batch:
         batch = self.batch
         batch.n_tokens = len(rows)
         for i, (token, position, sequence) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
+            batch.token[i], batch.pos[i] = token % self._n_vocab, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             batch.logits[i] = 1
         if status := self._decode(batch):
             raise RuntimeError(f"llama_decode returned {status}")
@@ -127,7 +132,7 @@ class _Batch:
         api.llama_free(self.context)
 
 
-def sequences(path: Path, threads: int, rounds: int) -> list[Row]:
+def sequences(path: Path, threads: int, rounds: int, tell: Tell = silent) -> list[Row]:
     """Eight sequences under eight recipes in one batch, against the unsteered batch; and the alternative,
     which is eight contexts."""
     import llama_cpp.llama_cpp as api
@@ -170,14 +175,14 @@ def sequences(path: Path, threads: int, rounds: int) -> list[Row]:
         "eight contexts, one recipe each": each,
     }
     try:
-        return ratios("eight sequences", cases, "unsteered", rounds, {"eight recipes": 1 / 0.97})
+        return ratios("eight sequences", cases, "unsteered", rounds, {"eight recipes": 1 / 0.97}, tell)
     finally:
         for batch in [*batches, *alone]:
             batch.close()
         llm.close()
 
 
-def kernels(rounds: int) -> list[Row]:
+def kernels(rounds: int, tell: Tell = silent) -> list[Row]:
     """Memory throughput of each operator on float32 (ROWS, WIDTH) by one thread, over that of NumPy's x += y
     on arrays of that shape: an operator reads and writes x, the addition reads y as well."""
     model = Fingerprint("llama", 2, WIDTH)
@@ -198,11 +203,17 @@ def kernels(rounds: int) -> list[Row]:
         return lambda i: compiled[i % len(compiled)].apply(1, x)
 
     cases = {"NumPy": add, **{name: apply(found) for name, found in programs.items()}}
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(max(rounds // 10, 1)):  # what is done to x again and again would leave its scale
-        np.copyto(x, fresh)
+    times: Times = {name: [] for name in cases}
+    repeats = max(rounds // 10, 1)
+    for done in range(1, repeats + 1):
+        np.copyto(x, fresh)  # what is done to x again and again would leave its scale
         for name, found in interleaved(cases, 10).items():
             times[name] += found
+        tell(Progress("kernels", 10 * done, 10 * repeats, lambda: _throughputs(times)))
+    return _throughputs(times)
+
+
+def _throughputs(times: Times) -> list[Row]:
     rows = []
     for name in KERNELS:
         shares = [(2 / mine) / (3 / numpy) for mine, numpy in zip(times[name], times["NumPy"])]

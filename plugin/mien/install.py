@@ -18,7 +18,8 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -113,6 +114,23 @@ def export(pack: Pack, target: str | Path) -> Path:
     return target
 
 
+@contextmanager
+def unpacked(source: str | Path) -> Iterator[Pack]:
+    """The pack in the zip `source`, as it lies in a temporary folder until the end of the context.
+
+    Raises PackError, naming `source`, for what is not a zip of a pack, or is unsafe. Its vectors are not
+    checked.
+    """
+    source = Path(source)
+    with tempfile.TemporaryDirectory(prefix="mien-") as work:
+        try:
+            _fetch(source, Path(work))
+            pack = Pack.read(work)
+        except PackError as error:
+            raise PackError(str(error).replace(work, str(source))) from error
+        yield pack
+
+
 def _zip(pack: Pack, files: list[str]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -127,14 +145,7 @@ def _zip(pack: Pack, files: list[str]) -> bytes:
 
 def _fetch_and_verify(source: Path, new: Path) -> Pack:
     """Fill the empty folder `new` from `source`. Raises PackError with every problem of the pack."""
-    if source.is_dir():
-        _copy_folder(source, new)
-    elif not source.exists():
-        raise PackError(f"{source}: there is no such file or folder")
-    elif not zipfile.is_zipfile(source):
-        raise PackError(f"{source}: expected the folder of a pack, or a zip file; this is neither")
-    else:
-        _unpack(source, new)
+    _fetch(source, new)
     try:
         pack = Pack.read(new)
         problems = pack.verify()
@@ -144,6 +155,18 @@ def _fetch_and_verify(source: Path, new: Path) -> Pack:
         # `new` is about to go; what the user knows is `source`.
         raise PackError("\n".join(str(problem).replace(str(new), str(source)) for problem in problems))
     return pack
+
+
+def _fetch(source: Path, new: Path) -> None:
+    """Fill the empty folder `new` with the files in `source`, a folder or a zip."""
+    if source.is_dir():
+        _copy_folder(source, new)
+    elif not source.exists():
+        raise PackError(f"{source}: there is no such file or folder")
+    elif not zipfile.is_zipfile(source):
+        raise PackError(f"{source}: expected the folder of a pack, or a zip file; this is neither")
+    else:
+        _unpack(source, new)
 
 
 def _already_installed(pack: Pack, target: Path) -> str:

@@ -14,6 +14,7 @@ from statistics import median, quantiles
 import numpy as np
 
 Cases = Mapping[str, Callable[[int], object]]
+Times = dict[str, list[float]]  # seconds of each case in each round
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,54 @@ class Row:
     at_least: float | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A measurement that is going on. done, total: rounds. rows: what it would say if it ended here."""
+
+    what: str
+    done: int
+    total: int
+    rows: Callable[[], list[Row]]
+
+
+Tell = Callable[[Progress], None]  # is called after every round
+
+
+def silent(_: Progress) -> None:
+    """No one is told."""
+
+
 def ratios(
     what: str,
     cases: Cases,
     baseline: str,
     rounds: int,
     reach: Mapping[str, float],
+    tell: Tell = silent,
 ) -> list[Row]:
     """The baseline in ms, and the other cases as ratios to it; reach: by case."""
-    times = interleaved(cases, rounds)
-    base = times[baseline]
-    rows = [row(f"{what}, {baseline}", [1e3 * t for t in base], "ms")]
-    for name in cases:
-        if name != baseline:
-            found = [t / b for t, b in zip(times[name], base)]
-            rows.append(row(f"{what}, {name}", found, "x", baseline, reach.get(name)))
-    return rows
+
+    def rows(times: Times) -> list[Row]:
+        base = times[baseline]
+        found = [row(f"{what}, {baseline}", [1e3 * t for t in base], "ms")]
+        for name in cases:
+            if name != baseline:
+                shares = [t / b for t, b in zip(times[name], base)]
+                found.append(row(f"{what}, {name}", shares, "x", baseline, reach.get(name)))
+        return found
+
+    def after(done: int, times: Times) -> None:
+        tell(Progress(what, done, rounds, lambda: rows(times)))
+
+    return rows(interleaved(cases, rounds, after))
 
 
-def interleaved(cases: Cases, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case in each round; three rounds before that are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+def interleaved(cases: Cases, rounds: int, after: Callable[[int, Times], None] | None = None) -> Times:
+    """Seconds of each case in each round; three rounds before that are not counted.
+
+    after: is called after each round with the number of rounds, and the times so far.
+    """
+    times: Times = {name: [] for name in cases}
     names = list(cases)
     order = np.random.default_rng(0)  # of cases: what ran just before leaves its traces in the caches
     for i in range(-3, rounds):
@@ -63,26 +91,34 @@ def interleaved(cases: Cases, rounds: int) -> dict[str, list[float]]:
             cases[name](i)
             if i >= 0:
                 times[name].append(time.perf_counter() - start)
+        if after and i >= 0:
+            after(i + 1, times)
     return times
 
 
 def row(what: str, values: Sequence[float], unit: str, against: str = "", reach: float | None = None) -> Row:
     """One line: the median of `values`, and the 10th and 90th percentile."""
-    low, *_, high = quantiles(values, n=10)
+    low, *_, high = quantiles(values, n=10) if len(values) > 1 else [values[0]] * 2
     return Row(what, median(values), low, high, unit, against, reach, len(values))
 
 
-def table(rows: list[Row]) -> str:
-    """The rows for a terminal: median, the 10th and 90th percentile, and what was to be reached."""
+def table(rows: Sequence[Row]) -> str:
+    """The rows for a terminal: median, the 10th and 90th percentile, and the target."""
     width = max(len(row.what) for row in rows)
-    lines = [f"{'':{width}}  {'median':>9}  {'p10':>8}  {'p90':>8}        reach"]
-    for row in rows:
-        verdict = ""
-        if row.reach is not None:
-            verdict = f"<= {row.reach:.4g}  {'ok' if row.value <= row.reach else 'MISSED'}"
-        if row.at_least is not None:
-            verdict = f">= {row.at_least:.4g}  {'ok' if row.value >= row.at_least else 'MISSED'}"
-        lines.append(
-            f"{row.what:{width}}  {row.value:9.4g}  {row.low:8.4g}  {row.high:8.4g}  {row.unit:4}  {verdict}"
-        )
-    return "\n".join(lines)
+    return "\n".join([head(width), *(line(row, width) for row in rows)])
+
+
+def head(width: int) -> str:
+    """The titles above `line`s of that width."""
+    return f"{'':{width}}  {'median':>9}  {'p10':>8}  {'p90':>8}        target"
+
+
+def line(row: Row, width: int) -> str:
+    """One row of a table; width: of its first column."""
+    verdict = ""
+    if row.reach is not None:
+        verdict = f"<= {row.reach:.4g}  {'ok' if row.value <= row.reach else 'MISSED'}"
+    if row.at_least is not None:
+        verdict = f">= {row.at_least:.4g}  {'ok' if row.value >= row.at_least else 'MISSED'}"
+    figures = f"{row.value:9.4g}  {row.low:8.4g}  {row.high:8.4g}  {row.unit:4}"
+    return f"{row.what:{width}}  {figures}  {verdict}".rstrip()

@@ -8,17 +8,22 @@ Commands import what they need when they run: `mien --help` and `mien list` load
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
 from ..errors import MienError, MienWarning, MissingExtra
+from .checking import doctor
 from .exchanging import import_
-from .making import bench, extract, pack
-from .showing import doctor, info, list_
+from .making import extract, pack
+from .measuring import bench
+from .showing import info, list_
 from .talking import chat, run
 
 _EXTRAS = {
@@ -43,22 +48,60 @@ def _one_line(show: Any) -> Any:
 
 
 class _Commands(click.Group):
-    """Prints a MienError as one message and ends with its exit code; a bug keeps its traceback."""
+    """Ends with mien's exit codes. A mistake is one message; only a bug keeps its traceback."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        plain: Callable[..., Any] = super().main
+        code = _exit_code(lambda: plain(*args, standalone_mode=False, **extra))
+        return sys.exit(code) if standalone_mode else code
 
     def invoke(self, context: click.Context) -> Any:
+        with warnings.catch_warnings():  # restores showwarning
+            warnings.showwarning = _one_line(warnings.showwarning)
+            return super().invoke(context)
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    try:
+        code = command()
+        sys.stdout.flush()  # what can't be written is an error here, and not after the end
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _end("\ninterrupted", 130)
+    except click.ClickException as error:
+        return _end(error, error.exit_code)
+    except BrokenPipeError:  # whoever read the output has enough
+        return _end(None, 1)
+    except MienError as error:
+        return _end(f"{type(error).__name__}: {error}", error.exit_code)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRAS:
+            raise
+        missing = MissingExtra(module, _EXTRAS[module])
+        return _end(f"MissingExtra: {missing}", missing.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _end(f"Error: {where}{error.strerror or error}", 1)
+    except MemoryError:
+        return _end("Error: not enough memory", 1)
+
+
+def _end(message: str | click.ClickException | None, code: int) -> int:
+    """Print `message` on stderr; what no stream takes any more is dropped, so that Python's end is quiet."""
+    try:
+        if isinstance(message, click.ClickException):
+            message.show()
+        elif message is not None:
+            click.echo(message, err=True)
+    except OSError:
+        pass  # there is nobody left to tell
+    for stream in (sys.stdout, sys.stderr):
         try:
-            with warnings.catch_warnings():  # restores showwarning
-                warnings.showwarning = _one_line(warnings.showwarning)
-                return super().invoke(context)
-        except MienError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
-            context.exit(error.exit_code)
-        except ModuleNotFoundError as error:
-            module = (error.name or "").partition(".")[0]
-            if module not in _EXTRAS:
-                raise
-            click.echo(f"MissingExtra: {MissingExtra(module, _EXTRAS[module])}", err=True)
-            context.exit(MissingExtra.exit_code)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,16 +120,21 @@ for command in (run, chat, list_, info, extract, import_, pack, doctor, bench):
 
 
 def main() -> NoReturn:
-    """The entry point. Ctrl-C ends with 130, a closed pipe quietly."""
-    try:
-        code = cli.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
-        click.echo("\ninterrupted", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+    """The entry point: the commands, with streams that take any text."""
+    _prepare_streams()
+    sys.exit(cli.main(standalone_mode=False))
+
+
+def _prepare_streams() -> None:
+    """Write what an encoding lacks as an escape, and read bytes that are no text as surrogates, to be refused
+    by name. A stream that is closed is an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # until the end
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import json_option, print_json
+from .options import Number, json_option, print_json
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
@@ -26,11 +26,11 @@ FORMATS = ("auto", "mien", "repeng", "llama.cpp-generator", "steering-vectors", 
     "--from", "format", type=click.Choice(FORMATS), default="auto", show_default=True, help="What wrote it."
 )
 @click.option("--name", help="The vector's name. Default: the one in the file, or the file's name.")
-@click.option("--shift", type=int, default=0, help="Add this to each row's block.")
+@click.option("--shift", type=click.IntRange(-9999, 9999), default=0, help="Add this to each row's block.")
 @click.option("--architecture", default="", help="Of the model: llama, mistral, ...")
 @click.option("--model", type=file, help="The model: its GGUF file, or a transformers model's folder.")
 @click.option("--keep-last", is_flag=True, help="Keep repeng's row for the last block.")
-@click.option("--scale", type=float, default=1.0, help="Bake in this factor.")
+@click.option("--scale", type=Number(), default=1.0, help="Bake in this factor.")
 @click.option("--out", "-o", type=file, default=Path("."), help="Folder for NAME.gguf. Default: here.")
 @click.option("--force", is_flag=True, help="Replace files that are there already.")
 @json_option

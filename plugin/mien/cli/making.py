@@ -1,21 +1,26 @@
-"""`mien extract`, `mien pack` and `mien bench`: making vectors and packs, and measuring."""
+"""`mien extract` and `mien pack`: making vectors and packs."""
 
 from __future__ import annotations
 
-import json
-from contextlib import closing
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import json_option, model_option, print_json, stages, threads_option
+from .options import Number, json_option, model_option, print_json, threads_option
+from .progress import noticed, stages
 
 if TYPE_CHECKING:
+    from ..pack import Pack
     from ..vector import Vector
 
 file = click.Path(path_type=Path)
+_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")  # no model has more blocks
 
 
 @click.command()
@@ -44,7 +49,7 @@ file = click.Path(path_type=Path)
 )
 @click.option("--layers", metavar="A-B", help="Blocks to keep. Default: all but block 0.")
 @click.option("--calibrate", type=file, help="Prompts, one a line: measure the dose and bake it in as 1.0.")
-@click.option("--scale", type=float, help="Bake in this factor instead of measuring one.")
+@click.option("--scale", type=Number(), help="Bake in this factor instead of measuring one.")
 @click.option("--kind", type=click.Choice(["emotion", "trait"]), default="trait", show_default=True)
 @click.option("--licence", default="", help="SPDX identifier to record.")
 @click.option("--out", "-o", type=file, default=Path("."), help="Folder for NAME.gguf. Default: here.")
@@ -112,7 +117,9 @@ def extract(
     from ..responses import persona_replies
     from ..runtimes.llama_text import load_llama
 
-    llm = load_llama(find_model(model), n_ctx=1024, n_threads=threads)
+    path = find_model(model)
+    with noticed(f"loading {path.name}"):
+        llm = load_llama(path, n_ctx=1024, n_threads=threads)
     stage = stages()
     how: dict[str, Any] = {
         "method": method,
@@ -152,10 +159,11 @@ def extract(
 def _layers(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    first, dash, last = text.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+    found = _RANGE.fullmatch(text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if last < first:
         raise click.UsageError(f"--layers: expected a range such as 6-28, got {text!r}")
-    return list(range(int(first), int(last or first) + 1))
+    return list(range(first, last + 1))
 
 
 def _scaled(vector: Vector, scale: float) -> Vector:
@@ -206,11 +214,13 @@ def build(folder: Path, name: str, version: str, licence: str, description: str,
     help="trained: by gradient, takes torch. mean: a difference of means. Default: trained, where torch is.",
 )
 @click.option("--layers", metavar="A-B", help="Blocks to steer. Default: from 20% to 95% of the depth.")
-@click.option("--perplexity", type=float, help="Budget: of answers, times that of the unsteered ones.")
-@click.option("--perplexity-alone", type=float, help="Budget: of the same replies without their prompts.")
-@click.option("--repetition", type=float, help="Budget: share of trigrams on top of the unsteered replies'.")
+@click.option("--perplexity", type=Number(0), help="Budget: of answers, times that of the unsteered ones.")
+@click.option("--perplexity-alone", type=Number(0), help="Budget: of the same replies without their prompts.")
 @click.option(
-    "--distinct", type=float, help="Budget: distinct-2, as a share of the unsteered replies', at least."
+    "--repetition", type=Number(0), help="Budget: share of trigrams on top of the unsteered replies'."
+)
+@click.option(
+    "--distinct", type=Number(0), help="Budget: distinct-2, as a share of the unsteered replies', at least."
 )
 @threads_option
 @json_option
@@ -260,9 +270,9 @@ def make(
         import torch
 
         from ..runtimes.hf_text import load_hf
+        from ..threads import default_threads
 
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or default_threads())
         return load_hf(path)[0]
 
     with (
@@ -283,16 +293,32 @@ def make(
     _report(made, as_json, "made")
 
 
-@pack.command()
-@click.argument("folder", type=file)
-@json_option
-def verify(folder: Path, as_json: bool) -> None:
-    """Check every vector of the pack in FOLDER against its manifest."""
-    from ..errors import PackError
+@contextmanager
+def _pack(name: str) -> Iterator[Pack]:
+    """The pack of that name, or in that folder or zip, which is unpacked until the end of the context."""
+    from ..install import unpacked
     from ..pack import Pack
+    from ..registry import Registry
 
-    found = Pack.read(folder)
-    problems = [str(problem) for problem in found.verify()]
+    if Path(name).is_file():
+        with unpacked(name) as found:
+            yield found
+    elif os.path.dirname(name):
+        yield Pack.read(name)
+    else:
+        yield Registry().pack(name)
+
+
+@pack.command()
+@click.argument("name", metavar="PACK")
+@json_option
+def verify(name: str, as_json: bool) -> None:
+    """Check every vector of PACK, a name, a folder or a zip, against its manifest."""
+    from ..errors import PackError
+
+    with _pack(name) as found:
+        shown = name if Path(name).is_file() else str(found.path)  # a zip's is a temporary folder
+        problems = [str(problem).replace(str(found.path), shown) for problem in found.verify()]
     if as_json:
         print_json({"name": found.name, "version": found.version, "problems": problems})
         if problems:
@@ -309,12 +335,11 @@ def verify(folder: Path, as_json: bool) -> None:
 @click.option("--figures", type=file, help="Write the figures as PNG files into this folder, too.")
 @json_option
 def report(name: str, out: Path | None, figures: Path | None, as_json: bool) -> None:
-    """Write a page about PACK, a name or a folder: dose curves, layers, examples, cross effects."""
-    from ..registry import Registry
+    """Write a page about PACK, a name, a folder or a zip: dose curves, layers, examples, cross effects."""
     from ..report import write_report
 
-    found = Registry().pack(name)
-    written = [str(path) for path in write_report(found, out or Path(f"{found.name}.html"), figures)]
+    with _pack(name) as found, noticed("drawing the figures"):
+        written = [str(path) for path in write_report(found, out or Path(f"{found.name}.html"), figures)]
     if as_json:
         print_json({"name": found.name, "version": found.version, "files": written})
     else:
@@ -328,8 +353,17 @@ def report(name: str, out: Path | None, figures: Path | None, as_json: bool) -> 
 def install(source: Path, force: bool, as_json: bool) -> None:
     """Install the pack in SOURCE, a folder or a zip, for this user."""
     from ..install import install as install_pack
+    from ..registry import Registry
 
-    _report(install_pack(source, force=force), as_json, "installed")
+    installed = install_pack(source, force=force)
+    _report(installed, as_json, "installed")
+    first = Registry().pack(installed.name)
+    if first.path != installed.path:
+        click.echo(
+            f"note: {first.path} is a pack of the same name that comes first on the search path, so this one "
+            f"is not used for any name that both have. Build it under another name.",
+            err=True,
+        )
 
 
 @pack.command()
@@ -347,7 +381,7 @@ def remove(name: str, as_json: bool) -> None:
 
 
 @pack.command()
-@click.argument("name")
+@click.argument("name", metavar="PACK")
 @click.option(
     "--format",
     type=click.Choice(["zip", "llama.cpp", "repeng", "steering-vectors", "npz", "safetensors"]),
@@ -361,18 +395,17 @@ def remove(name: str, as_json: bool) -> None:
 def export(name: str, format: str, out: Path | None, force: bool, as_json: bool) -> None:
     """Write a pack as a zip that `mien pack install` takes, or for other programs.
 
-    NAME may be a pack's folder.
+    PACK is a name, a folder or a zip.
     """
     from ..install import export as export_pack
-    from ..registry import Registry
 
-    found = Registry().pack(name)
-    if format == "zip":
-        target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
-    else:
-        from ..exporting import export as export_folder
+    with _pack(name) as found:
+        if format == "zip":
+            target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
+        else:
+            from ..exporting import export as export_folder
 
-        target = export_folder(found, out or Path(f"{found.name}-{format}"), format, force=force)
+            target = export_folder(found, out or Path(f"{found.name}-{format}"), format, force=force)
     if as_json:
         data: dict[str, Any] = {"name": found.name, "version": found.version, "format": format}
         data["file"] = str(target)
@@ -395,27 +428,3 @@ def _report(found: Any, as_json: bool, verb: str) -> None:
         )
     else:
         click.echo(f"{verb} {found.name} {found.version}: {', '.join(found.entries)} ({found.path})")
-
-
-@click.command()
-@model_option
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--rounds", type=click.IntRange(10), default=200, show_default=True, help="Tokens a case.")
-@click.option("--out", "-o", type=file, help="Write the figures as JSON to this file, too.")
-@json_option
-def bench(model: str | None, threads: int, rounds: int, out: Path | None, as_json: bool) -> None:
-    """Measure what steering costs, as ratios in one process."""
-    from .. import bench as measure
-    from ..models import find_model
-    from ..timing import table
-
-    path = find_model(model)
-    rows = measure.run(path, threads, rounds, say=lambda what: click.echo(f"measuring {what}", err=True))
-    data = measure.as_json(rows, path, threads)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(data, indent=2) + "\n")
-    if as_json:
-        print_json(data)
-    else:
-        click.echo(table(rows))

@@ -1,13 +1,12 @@
-"""`mien list`, `mien info` and `mien doctor`: what there is."""
+"""`mien list` and `mien info`: what there is."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import NameNotFound
 from .options import json_option, print_json
 
 if TYPE_CHECKING:
@@ -75,13 +74,15 @@ def list_(query: str | None, model: str | None, as_json: bool) -> None:
                 click.echo(f"  {name:{width}} {entry.kind:8} {poles}{said}".rstrip())
         if not everything:
             click.echo("no packs found; `mien doctor` shows where it looked", err=True)
-        elif not packs:
-            click.echo(f"none of {len(everything)} packs has {model!r} in its name or model", err=True)
-        elif not found:
-            count = sum(len(pack.entries) for pack in packs)
-            click.echo(f"none of {count} vectors matches {query!r}; `mien list` shows all", err=True)
     for problem in registry.problems:
         click.echo(f"left out {problem.path}: {problem.error}", err=True)
+    if everything and not packs:
+        click.echo(f"none of {len(everything)} packs has {model!r} in its name or model", err=True)
+    elif everything and not found:
+        count = sum(len(pack.entries) for pack in packs)
+        click.echo(f"none of {count} vectors matches {query!r}; `mien list` shows all", err=True)
+    if everything and not found:
+        click.get_current_context().exit(NameNotFound.exit_code)
 
 
 @click.command()
@@ -183,74 +184,3 @@ def _where(site: str, rank: int) -> str:
 
 def _span(values: list[Any]) -> str:
     return f"{min(values):.3f} to {max(values):.3f}"
-
-
-@click.command()
-@json_option
-def doctor(as_json: bool) -> None:
-    """Check the installation: engine, runtime, model, packs, and how llama.cpp will be steered."""
-    facts = _facts()
-    if as_json:
-        print_json(facts)
-    else:
-        for section, found in facts.items():
-            click.echo(section)
-            for key, value in found.items():
-                click.echo(f"  {key:22} {value}")
-    if any(str(value).startswith("missing") for found in facts.values() for value in found.values()):
-        sys.exit(6)
-
-
-def _facts() -> dict[str, dict[str, Any]]:
-    import platform
-
-    from .. import __version__
-    from ..errors import MienError
-    from ..models import find_model
-    from ..registry import Registry, search_path
-
-    registry = Registry()
-    try:
-        model = str(find_model())
-    except MienError as error:
-        model = f"missing: {error}"
-    return {
-        "mien": {"version": __version__, "python": platform.python_version(), "machine": platform.machine()},
-        "engine": _engine(),
-        "llama.cpp": _llama(),
-        "transformers": _transformers(),
-        "model": {"default": model},
-        "packs": {
-            **{str(i + 1): str(path) for i, path in enumerate(search_path())},
-            "found": ", ".join(f"{pack.name} {pack.version}" for pack in registry.packs()) or "none",
-            **{f"left out {i + 1}": str(problem.error) for i, problem in enumerate(registry.problems)},
-        },
-    }
-
-
-def _engine() -> dict[str, Any]:
-    try:
-        from .._engine import __file__ as file
-    except ImportError as error:
-        return {"extension": f"missing: {error}; install mien again with a C compiler"}
-    return {"extension": Path(file).name}
-
-
-def _transformers() -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:  # asked of the packages' metadata: importing them takes seconds
-        return {name: version(name) for name in ("transformers", "torch", "accelerate")}
-    except PackageNotFoundError as error:
-        return {"transformers": f"not there ({error.name}): pip install 'mien[hf]'"}
-
-
-def _llama() -> dict[str, Any]:
-    try:
-        import llama_cpp
-    except ImportError:
-        return {"llama-cpp-python": "missing: pip install 'mien[llama]'"}
-    from ..runtimes.llama import probe_path
-
-    path, reason = probe_path()
-    return {"llama-cpp-python": llama_cpp.__version__, "path": path, "why": reason}

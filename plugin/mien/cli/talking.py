@@ -6,12 +6,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import MienError, RecipeError
-from .options import json_option, model_option, print_json, threads_option
+from .conversation import Conversation
+from .options import Number, Text, characters, json_option, model_option, print_json, threads_option
 from .speakers import SPEAKERS, Limits, Speaker, load_speaker
 from .watching import watch_json, watch_lines
 
@@ -31,16 +33,25 @@ generation_options = [
     click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True),
     click.option(
         "--temperature",
-        type=click.FloatRange(0),
+        type=Number(0),
         default=0.0,
         show_default=True,
-        help="0 takes the most probable token, so the same command prints the same text.",
+        help="0 takes the most probable token, so the same command on the same machine prints the same text.",
     ),
     click.option(
-        "--seed", type=click.IntRange(1), default=1, show_default=True, help="For temperatures above 0."
+        "--seed",
+        type=click.IntRange(1, 2**32 - 1),
+        default=1,
+        show_default=True,
+        help="For temperatures above 0.",
     ),
     click.option(
-        "--ctx", "n_ctx", type=click.IntRange(64), default=2048, show_default=True, help="Context, tokens."
+        "--ctx",
+        "n_ctx",
+        type=click.IntRange(64, 2**31 - 1),
+        default=2048,
+        show_default=True,
+        help="Context, in tokens; at most what the model was trained with.",
     ),
     threads_option,
 ]
@@ -71,6 +82,9 @@ def read_vectors(given: tuple[str, ...]) -> dict[str, Vector]:
     return found
 
 
+MARGIN = 8  # tokens at least that a trimmed history leaves for the reply, and for what a count leaves out
+
+
 def with_generation_options(command: Any) -> Any:
     for option in reversed(generation_options):
         command = option(command)
@@ -78,9 +92,11 @@ def with_generation_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("prompt")
-@click.option("--steer", "-s", default="", metavar="RECIPE", help='Such as "0.8*joy - 0.3*anger".')
-@click.option("--system", help="System prompt.")
+@click.argument("prompt", type=Text())
+@click.option(
+    "--steer", "-s", type=Text(), default="", metavar="RECIPE", help='Such as "0.8*joy - 0.3*anger".'
+)
+@click.option("--system", type=Text(), help="System prompt.")
 @click.option("--raw", is_flag=True, help="Plain completion: no chat template.")
 @click.option("--compare", is_flag=True, help="Show the plain and the steered answer side by side.")
 @click.option(
@@ -123,7 +139,7 @@ def run(
     if raw and system:
         raise click.UsageError("--system belongs to a chat template; it can't go with --raw")
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
     from ..recipe import parse
 
     parse(steer)  # a mistake shows before a model is loaded
@@ -161,15 +177,14 @@ def run(
     else:
         for piece in pieces:
             click.echo(piece, nl=False)
-            sys.stdout.flush()
         click.echo()
     if watch and not as_json:
         click.echo("\n" + "\n".join(watch_lines(watch)))
 
 
 @click.command()
-@click.option("--steer", "-s", default="", metavar="RECIPE", help="The recipe to begin with.")
-@click.option("--system", help="System prompt.")
+@click.option("--steer", "-s", type=Text(), default="", metavar="RECIPE", help="The recipe to start with.")
+@click.option("--system", type=Text(), help="System prompt.")
 @vector_option
 @model_option
 @with_generation_options
@@ -195,14 +210,16 @@ def chat(
     /reset          forget the conversation
     /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
     """
+    from ..recipe import parse
+
+    parse(steer)
     named = read_vectors(vectors)
     speaker = load_speaker(runtime, model, n_ctx, threads)
     steering = speaker.steering
     for name, vector in named.items():
         steering.define(name, vector)
     steering.set(steer)
-    beginning = [{"role": "system", "content": system}] if system else []
-    messages = list(beginning)
+    conversation = Conversation(system)
     limits = Limits(max_tokens, temperature, seed)
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() line editing
@@ -211,27 +228,37 @@ def chat(
     watch: Watch | None = None
     while True:
         try:
-            line = input(f"[{steering.recipe}] > " if steering.recipe.terms else "> ").strip()
+            line = characters(input(f"[{steering.recipe}] > " if steering.recipe.terms else "> ")).strip()
         except EOFError:
             break
         except KeyboardInterrupt:
             click.echo(err=True)
             continue
+        except UnicodeError:
+            click.echo("that line is not text in UTF-8", err=True)
+            continue
         if line in ("/quit", "/exit"):
             break
         if line == "/reset":
-            messages = list(beginning)
+            conversation.reset()
         elif line.split(" ")[0] == "/watch":
             watch = _watch(steering, line.split()[1:], watch)
         elif line.startswith("/"):
             _command(steering, line)
         elif line:
-            messages.append({"role": "user", "content": line})
             if watch:
                 watch.clear()
-            messages.append({"role": "assistant", "content": _reply(speaker, messages, limits)})
+            _exchange(speaker, conversation, line, limits)
             if watch:
                 click.echo("\n".join(watch_lines(watch)), err=True)
+
+
+def _standard_input() -> str:
+    """Raises MienError if it is not text."""
+    try:
+        return characters(sys.stdin.read())
+    except UnicodeError as error:
+        raise MienError(f"standard input: expected text in UTF-8, got other bytes ({error})") from error
 
 
 def _watch(steering: Steering, names: list[str], before: Watch | None) -> Watch | None:
@@ -264,19 +291,34 @@ def _command(steering: Steering, line: str) -> None:
         click.echo(str(error), err=True)
 
 
-def _reply(speaker: Speaker, messages: list[dict[str, str]], limits: Limits) -> str:
-    """Print a reply as it comes; Ctrl-C keeps what there is of it."""
-    text = ""
+def _exchange(speaker: Speaker, conversation: Conversation, question: str, limits: Limits) -> None:
+    """A question and the reply to it, printed as it comes. What can't be answered is said, and forgotten."""
+    conversation.ask(question)
+    reserve = max(min(limits.max_tokens, speaker.n_ctx // 4), MARGIN)
     try:
-        for piece in speaker.chat(messages, limits):
-            text += piece
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        click.echo(" [stopped]", err=True, nl=False)
-    except (MienError, ValueError) as error:  # the context is full; llama-cpp-python raises a ValueError
-        click.echo(f"{error}. /reset begins again.", err=True, nl=False)
-    click.echo()
+        dropped = conversation.trim(speaker.count, speaker.n_ctx - reserve, speaker.n_ctx - 1)
+        if dropped:
+            turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
+            click.echo(f"the context is full: {turns} forgotten", err=True)
+        text = _print(speaker.chat(conversation.messages, limits, conversation.turn))
+    except MienError as error:
+        click.echo(str(error), err=True)
+        conversation.take_back()
+    else:
+        conversation.answer(text)
+
+
+def _print(pieces: Iterator[str]) -> str:
+    """Print a reply as it comes, and return it; Ctrl-C keeps what there is of it."""
+    text = ""
+    with closing(pieces):  # type: ignore[type-var]  # they are generators
+        try:
+            for piece in pieces:
+                text += piece
+                click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            click.echo(" [stopped]", err=True, nl=False)
+        click.echo()
     return text
 
 
