@@ -107,7 +107,7 @@ def _end(message: str | click.ClickException | None, code: int) -> int:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mien")
 def cli() -> None:
-    """Give a running language model a temper.
+    """Steer a language model's mood and personality while it runs.
 
     \b
     mien run "How was your day?" --steer "0.8*joy"

@@ -23,7 +23,7 @@ FORMATS = ("auto", "mien", "repeng", "llama.cpp-generator", "steering-vectors", 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, type=file, metavar="FILE...")
 @click.option(
-    "--from", "format", type=click.Choice(FORMATS), default="auto", show_default=True, help="What wrote it."
+    "--from", "format", type=click.Choice(FORMATS), default="auto", show_default=True, help="Source format."
 )
 @click.option("--name", help="The vector's name. Default: the one in the file, or the file's name.")
 @click.option("--shift", type=click.IntRange(-9999, 9999), default=0, help="Add this to each row's block.")
@@ -32,7 +32,7 @@ FORMATS = ("auto", "mien", "repeng", "llama.cpp-generator", "steering-vectors", 
 @click.option("--keep-last", is_flag=True, help="Keep repeng's row for the last block.")
 @click.option("--scale", type=Number(), default=1.0, help="Bake in this factor.")
 @click.option("--out", "-o", type=file, default=Path("."), help="Folder for NAME.gguf. Default: here.")
-@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @json_option
 def import_(
     files: tuple[Path, ...],
@@ -47,7 +47,7 @@ def import_(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Make vectors of files that other programs wrote.
+    """Import vectors from other tools.
 
     \b
     mien import happy.gguf --from repeng --model model.gguf --out vectors/
@@ -55,7 +55,7 @@ def import_(
     mien import rows.npz --shift -1 --model model.gguf
 
     Reads GGUF of repeng and of llama.cpp's generator, what torch.save wrote of a SteeringVector (nothing
-    in it is executed), .npz and .safetensors. What is decided on the way is said on stderr.
+    in it is executed), .npz and .safetensors. Assumptions are reported on stderr.
     """
     if name is not None and len(files) != 1:
         raise click.UsageError("--name goes with one FILE")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def extract(
     mien extract warm --positive warm.txt --negative cold.txt --ask questions.txt
 
     A line is "USER TEXT => REPLY", or the user's text alone; with --ask, a system prompt such as "You are a
-    warm and caring person.", of which each side has as many.
+    warm and caring person.", the same number for each side.
     """
     pairs = bool(positive and negative)
     if pairs == bool(group) or (pairs and len(names) != 1) or (bool(positive) != bool(negative)):
@@ -118,6 +118,7 @@ def extract(
     from ..runtimes.llama_text import load_llama
 
     path = find_model(model)
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of reading, not after
     with noticed(f"loading {path.name}"):
         llm = load_llama(path, n_ctx=1024, n_threads=threads)
     stage = stages()
@@ -211,17 +212,21 @@ def build(folder: Path, name: str, version: str, licence: str, description: str,
 @click.option(
     "--method",
     type=click.Choice(["trained", "mean"]),
-    help="trained: by gradient, takes torch. mean: a difference of means. Default: trained, where torch is.",
+    help="trained: by gradient, requires torch. mean: difference of means. Default: trained with torch.",
 )
 @click.option("--layers", metavar="A-B", help="Blocks to steer. Default: from 20% to 95% of the depth.")
-@click.option("--perplexity", type=Number(0), help="Budget: of answers, times that of the unsteered ones.")
-@click.option("--perplexity-alone", type=Number(0), help="Budget: of the same replies without their prompts.")
 @click.option(
-    "--repetition", type=Number(0), help="Budget: share of trigrams on top of the unsteered replies'."
+    "--perplexity",
+    type=Number(0),
+    help="Maximum perplexity of replies, as a multiple of the unsteered model's.",
 )
 @click.option(
-    "--distinct", type=Number(0), help="Budget: distinct-2, as a share of the unsteered replies', at least."
+    "--perplexity-alone", type=Number(0), help="The same for the replies read without their prompts."
 )
+@click.option(
+    "--repetition", type=Number(0), help="Maximum share of repeated trigrams above the unsteered replies'."
+)
+@click.option("--distinct", type=Number(0), help="Minimum distinct-2, as a share of the unsteered replies'.")
 @threads_option
 @json_option
 def make(
@@ -241,9 +246,9 @@ def make(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Make a whole pack for a chat model: directions, doses, and what they are worth.
+    """Build a complete pack for a chat model: extract directions, calibrate doses, evaluate.
 
-    Interrupted, it goes on where it was when it is called again.
+    Resumes where it left off if interrupted.
     """
     from importlib.util import find_spec
 
@@ -275,11 +280,12 @@ def make(
         torch.set_num_threads(threads or default_threads())
         return load_hf(path)[0]
 
-    with (
-        in_float32(path) as quick,
-        closing(load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)) as llm,
-        closing(evaluator(llm)) as many,
-    ):
+    with ExitStack() as stack:
+        with noticed(f"loading {path.name}"):
+            quick = stack.enter_context(in_float32(path))
+            llm = load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)
+            stack.enter_context(closing(llm))
+            many = stack.enter_context(closing(evaluator(llm)))
         name = name or pack_name(many.fingerprint)
         maker = Maker(
             many,

@@ -105,7 +105,7 @@ def with_generation_options(command: Any) -> Any:
     "watched",
     multiple=True,
     metavar="NAME",
-    help="Show how much of a vector each token holds; can be given several times.",
+    help="Plot each token's activation along this vector (repeatable).",
 )
 @vector_option
 @model_option
@@ -200,13 +200,15 @@ def chat(
     n_ctx: int,
     threads: int | None,
 ) -> None:
-    """Talk with a model whose temper changes as you go.
+    """Chat, and change the model's mood as you go.
+
+    If the chat outgrows the context, its oldest turns are forgotten.
 
     \b
-    /steer RECIPE   steer from the next reply on; alone: show what is set
+    /steer RECIPE   steer from the next reply on; with no argument: show the current recipe
     /clear          stop steering
-    /watch NAME ... show how much of these vectors each token of a reply holds; alone: no longer
-    /applied        what the last token's evaluation really did
+    /watch NAME ... plot each token's activation along these vectors; with no argument: stop
+    /applied        show what the last token's evaluation really did
     /reset          forget the conversation
     /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
     """
@@ -224,7 +226,7 @@ def chat(
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() line editing
 
-        click.echo(f"{steering.model.name}. /steer RECIPE changes its temper, /quit leaves.", err=True)
+        click.echo(f"{steering.model.name}. /steer RECIPE changes its mood, /quit leaves.", err=True)
     watch: Watch | None = None
     while True:
         try:
