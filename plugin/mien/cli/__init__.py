@@ -62,6 +62,7 @@ class _Commands(click.Group):
 
 
 def _exit_code(command: Callable[[], Any]) -> int:
+    """Run `command`; the code to end with, the message for it printed."""
     try:
         code = command()
         sys.stdout.flush()  # what can't be written is an error here, and not after the end
