@@ -165,6 +165,15 @@ def test_facts_of_errors_are_attributes(odd: Path, model: Path) -> None:
     assert "trained with 512 tokens" in context.value.cause
 
 
+def test_an_engine_that_is_not_built_is_6(model: Path) -> None:
+    code = "import sys; sys.modules['mien._engine'] = None; from mien.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "run", "Hi", "--model", str(model)]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert found.returncode == 6
+    assert len(found.stderr.splitlines()) == 1
+    assert "C compiler" in found.stderr
+
+
 # ---- terminals ----
 
 

@@ -76,6 +76,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except MienError as error:
         return _end(f"{type(error).__name__}: {error}", error.exit_code)
     except ModuleNotFoundError as error:
+        if error.name == "mien._engine":  # a checkout that was not installed
+            return _end("mien's C engine is not built: install mien again, with a C compiler", 6)
         module = (error.name or "").partition(".")[0]
         if module not in _EXTRAS:
             raise
