@@ -1,4 +1,4 @@
-"""The examples and the README's Python run as they stand."""
+"""The examples run as they stand."""
 
 from __future__ import annotations
 
@@ -51,12 +51,3 @@ def test_a_batch_of_tempers_has_a_row_each(example: str) -> None:
     rows = re.findall(r"^ *(plain|joy|fear|calm)  (.+)$", text, re.MULTILINE)
     assert [name for name, _ in rows] == ["plain", "joy", "fear", "calm"]
     assert len({answer for _, answer in rows}) == 4
-
-
-@pytest.mark.model
-def test_the_python_of_the_readme_runs(model_path: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    code = "\n".join(blocks).replace("SmolLM2-135M-Instruct.Q4_1.gguf", str(model_path))
-    (tmp_path / "readme.py").write_text(code)
-    run_python(str(tmp_path / "readme.py"))
