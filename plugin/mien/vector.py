@@ -184,7 +184,7 @@ class Vector:
         """One of WINDOWS; "all" where the file does not say."""
         return self.meta.get("when", "all")
 
-    @property
+    @cached_property
     def calibrated(self) -> tuple[float, float] | None:
         """The least and the greatest dose whose replies were measured; None if it was not calibrated."""
         curve = self.meta.get("calibration.dose")
@@ -193,7 +193,7 @@ class Vector:
         doses = [float(dose) for dose in curve if not isinstance(dose, str)]
         return min(doses), max(doses)
 
-    @property
+    @cached_property
     def limits(self) -> tuple[float, float] | None:
         """The least and the greatest dose that pass without a DoseWarning; None if it was not calibrated.
 
