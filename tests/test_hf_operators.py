@@ -508,11 +508,12 @@ def test_steering_that_did_not_happen_at_a_site_is_an_error() -> None:
     with mien.attach(model) as steering:
         steering.set(of("heads"))
         kept = attention.o_proj
-        attention.o_proj = copy.deepcopy(kept)
+        hooks = dict(kept._forward_pre_hooks)
+        kept._forward_pre_hooks.clear()
         with pytest.raises(SteeringNotApplied, match=r"layers \[1\] at heads were not run") as error:
             logits(model)
         assert error.value.layers == (LAYER,)
-        attention.o_proj = kept
+        kept._forward_pre_hooks.update(hooks)
         logits(model)
         kept.register_forward_pre_hook(lambda module, args: (args[0][..., :-1],), prepend=True)
         with pytest.raises(SteeringNotApplied, match=r"\(1, 7, 32\) .* got \(1, 7, 31\) .* at heads"):

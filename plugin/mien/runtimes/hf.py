@@ -38,7 +38,7 @@ from ..vector import Floats
 from ..watch import Watch
 from .hf_experts import Counts
 from .hf_graph import Graph, alone, require_told
-from .hf_hooks import Capture, Local, register, register_root, runtime_at, strip
+from .hf_hooks import Capture, Local, follow_traced, register, register_root, runtime_at, strip
 from .hf_layers import Mounts, find_layers, fingerprint_of, follow_layers, require_weights, text_config
 from .hf_pass import Pass
 from .hf_program import Loaded
@@ -98,9 +98,9 @@ class HFRuntime:
 
     # ---- where it acts ----
 
-    def _put_hooks(self) -> None:
+    def _put_hooks(self, tracing: bool = False) -> None:
         """Put hooks on the model and its layers, and note which modules they are on."""
-        if "torch._dynamo" in sys.modules:  # a graph compiled before does not look for new hooks
+        if "torch._dynamo" in sys.modules and not tracing:  # older graphs do not look for new hooks
             torch.compiler.reset()
         layers = range(len(self._layers.modules))
         residual = [
@@ -114,8 +114,8 @@ class HFRuntime:
         names = [self._sites.name(*place) for place in self._elsewhere]
         self._mounts = Mounts(self._model, [self._layers.owned, *self._layers.names, *names])
 
-    def follow(self) -> None:
-        """Move to the modules that are now where the hooked ones were.
+    def follow(self, *, tracing: bool = False) -> None:
+        """Move to the modules that are now where the hooked ones were. tracing: while a graph is compiled.
 
         Raises RuntimeNotSupported or SiteNotFound if there is no going on; all is then as before.
         """
@@ -132,24 +132,17 @@ class HFRuntime:
                         f"attached and has {spot.width} now: detach it and attach it again"
                     )
             self._take_hooks()
-            self._tracker.leave(self._model)
-            self._tracker.join(self, layers.owner, self._model)
+            if layers.owner is not self._layers.owner:
+                self._tracker.leave(self._model)
+                self._tracker.join(self, layers.owner, self._model)
             self._layers, self._sites = layers, sites
             self._elsewhere = {place: register(self, *place, spot) for place, spot in spots.items()}
-            self._put_hooks()
+            self._put_hooks(tracing)
 
     def _take_hooks(self) -> None:
         for handle in (*self._handles, *self._elsewhere.values()):
             handle.remove()
         strip(self, self._model)
-
-    def require_unchanged(self) -> None:
-        """While a graph is traced, which is too late to follow. Raises RuntimeNotSupported."""
-        if not self._mounts.intact():
-            raise RuntimeNotSupported(
-                "modules of the model were replaced after it was attached, and it is being compiled: set the "
-                "recipe again before"
-            )
 
     # ---- what is set ----
 
@@ -253,7 +246,7 @@ class HFRuntime:
 
     def begin(self, rows: Rows) -> None:
         if is_compiling():
-            _require_unchanged(self)
+            follow_traced(self)
             self.graph.rows, self._last = rows, None
             return
         self.follow()
@@ -363,10 +356,3 @@ class HFRuntime:
         self._take_hooks()
         self._elsewhere.clear()
         self._tracker.leave(self._model)
-
-
-def _require_unchanged(runtime: HFRuntime) -> None:
-    runtime.require_unchanged()
-
-
-_require_unchanged._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see hf_graph

@@ -89,8 +89,20 @@ def _is_of(runtime: HFRuntime, hook: Any) -> bool:
 
 def on_model(place: Hooked, module: nn.Module, args: tuple[Any, ...]) -> None:
     """The hook before the whole model runs: its layers may be other ones by now."""
-    if place.runtime is not None and not is_compiling():
+    if place.runtime is None:
+        return
+    if is_compiling():
+        follow_traced(place.runtime)
+    else:
         place.runtime.follow()
+
+
+def follow_traced(runtime: HFRuntime) -> None:
+    """While a graph is traced: what Dynamo comes to later has its hooks by then."""
+    runtime.follow(tracing=True)
+
+
+follow_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see hf_graph
 
 
 def register(runtime: HFRuntime, site: str, layer: int, spot: Spot) -> Any:

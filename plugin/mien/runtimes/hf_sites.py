@@ -43,6 +43,7 @@ class Sites:
     def __init__(self, model: Any, layers: Layers) -> None:
         self._config = text_config(model)
         self._layers, self._names = layers.modules, layers.names
+        self._blocks = [_block(layer) for layer in layers.modules]
         self._found: dict[tuple[str, int], Spot] = {}
 
     def spot(self, site: str, layer: int) -> Spot:
@@ -121,14 +122,14 @@ class Sites:
 
     def _mlp_child(self, layer: int) -> nn.Module | None:
         """None where its linear modules lie in the layer itself, as in OPT."""
-        if any(name in _FROM_NEURONS for name, _ in self._layers[layer].named_children()):
+        if any(name in _FROM_NEURONS for name, _ in self._blocks[layer].named_children()):
             return None
         return self._child("mlp", layer)
 
     def _child(self, site: str, layer: int) -> nn.Module:
         """The layer's module of that kind, which has weights that are matrices."""
         kind = _ATTENTION if site == "attention" else _MLP
-        children = {name: m for name, m in self._layers[layer].named_children() if _has_matrices(m)}
+        children = {name: m for name, m in self._blocks[layer].named_children() if _has_matrices(m)}
         found = [name for name in children if kind.search(name)]
         if len(found) != 1:
             raise SiteNotFound(
@@ -150,7 +151,7 @@ class Sites:
     def _from_neurons(self, site: str, layer: int) -> nn.Module:
         """The down projection of a dense MLP."""
         mlp = self._mlp_child(layer)
-        return self._projection(site, layer, self._layers[layer] if mlp is None else mlp, _FROM_NEURONS)
+        return self._projection(site, layer, self._blocks[layer] if mlp is None else mlp, _FROM_NEURONS)
 
     def _projection(
         self, site: str, layer: int, inside: nn.Module, names: tuple[str, ...], width: int | None = None
@@ -189,6 +190,18 @@ _FINDERS = {
     "neurons": Sites._neurons,
     "experts": Sites._experts,
 }
+
+
+def _block(layer: nn.Module) -> nn.Module:
+    """The block itself of a layer that may be wrapped (checkpointing, sharding, compilation)."""
+    while True:
+        children = list(layer.named_children())
+        if len(children) != 1:
+            return layer
+        ((name, inside),) = children
+        if _ATTENTION.search(name) or _MLP.search(name) or _shape(inside)[1]:
+            return layer
+        layer = inside
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
