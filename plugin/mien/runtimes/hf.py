@@ -255,7 +255,7 @@ class HFRuntime:
             self._warned = True
             warnings.warn(
                 f"{rows.tokens} tokens at once, after tokens of a reply in the same cache, are taken for a "
-                "new prompt. If they are the reply's (drafts), use generate(), or pass them one by one",
+                "new prompt. If they are of that reply (drafts), use generate(), or pass them one by one",
                 stacklevel=2,
             )
         loaded = self._loaded
