@@ -1,5 +1,6 @@
 # make demo   see a model answer in three tempers (sets everything up the first time)
 # make test   lint, types and the whole suite (sets everything up the first time)
+# make quick  lint, types and the fast tests, without the real model: under two minutes once set up
 # make check  lint and types alone
 # make bench  what steering costs, as ratios
 # make peers  the same beside repeng and steering-vectors, in an environment of their own (10 minutes)
@@ -35,7 +36,11 @@ ENGINE := setup.py $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check bench peers pack clean
+# What `make quick` runs: the fast files, about 3,700 tests on tiny models.
+QUICK := build corpus engine install interchange judge llama_operators llama_sequences llama_sites methods models \
+    operators pack parity program recipe registry responses sites steering tiny trie vector vectorfile watch
+
+.PHONY: help demo test quick check bench peers pack clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +50,9 @@ demo: $(VENV)/.demo
 
 test: check
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+quick: check
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not model" $(QUICK:%=tests/test_%.py)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
