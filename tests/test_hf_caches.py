@@ -323,7 +323,7 @@ def test_a_reply_that_goes_on_with_several_tokens_is_warned_of_once() -> None:
         loop(5, 1, 3)  # to what acts alike on all tokens it is the same
         steering.set('v(when="response")')
         loop(5, 3, 1, 1)  # a prompt in two parts
-        with pytest.warns(UserWarning, match="3 tokens at once"):
+        with pytest.warns(mien.ReplyWarning, match="3 tokens at once"):
             loop(5, 1, 3)
         loop(5, 1, 3)
 

@@ -657,7 +657,7 @@ def talk(steering: Steering, site: str, recipes: Sequence[Any], mask: Any, dtype
     return changed
 
 
-@pytest.mark.filterwarnings("ignore:.*taken for a new prompt")  # which they are
+@pytest.mark.filterwarnings("ignore::mien.ReplyWarning")  # which they are
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("gate", "site", "dtype"),
@@ -678,7 +678,7 @@ def test_a_gate_is_open_on_exactly_the_tokens_that_the_reference_says(
         assert 4 < changed < 30
 
 
-@pytest.mark.filterwarnings("ignore:.*taken for a new prompt")  # which they are
+@pytest.mark.filterwarnings("ignore::mien.ReplyWarning")  # which they are
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -761,7 +761,7 @@ def test_windows_open_on_exactly_their_tokens_of_a_generation(way: str) -> None:
             assert set(shares.found) >= set(range(-1, 5))
 
 
-@pytest.mark.filterwarnings("ignore:.*taken for a new prompt")  # which they are
+@pytest.mark.filterwarnings("ignore::mien.ReplyWarning")  # which they are
 def test_windows_in_a_loop_with_a_static_cache_and_without_any() -> None:
     model = make_model()
     with mien.attach(model, registry=DictRegistry(of("residual"))) as steering, torch.no_grad():  # type: ignore[arg-type]

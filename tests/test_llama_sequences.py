@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -511,6 +512,48 @@ def test_a_context_is_attached_to_once_at_a_time(contexts: Contexts) -> None:
     steering.detach()
     assert mien.steering_of(context) is None
     assert str(attach(pointer_of(context)).recipe) == ""
+
+
+def test_a_reply_that_continues_with_several_tokens_is_warned_of_once(contexts: Contexts) -> None:
+    """A new turn, or drafts: only the caller knows, and can say so."""
+    context = contexts.make(2)
+    steering = attach(context)
+
+    def decode(position: int, count: int, sequence: int = 0) -> None:
+        evaluate(context, steering.decode, [Row(5 + i, position + i, (sequence,)) for i in range(count)])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(0, 4)
+        decode(4, 1)
+        decode(5, 3)  # nothing is set that goes by it
+        steering.set('a(when="response")')
+        decode(8, 1)
+        decode(0, 4, sequence=1)  # of another sequence
+        steering.reply_from(9)
+        decode(9, 3)  # it was told
+        assert steering.applied.layers[1].rows == 3
+        steering.reply_from(None)
+        decode(12, 1)
+    with pytest.warns(mien.ReplyWarning, match=r"steering.reply_from"):
+        decode(13, 2)
+    assert steering.applied.layers == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(15, 1)
+        decode(16, 2)
+
+
+def test_a_prompts_last_piece_of_one_token_is_prompt(contexts: Contexts) -> None:
+    context = contexts.make(2)
+    steering = attach(context)
+    steering.set('a(when="response")')
+    for position, count, last in ((0, 5, False), (5, 5, False), (10, 1, True)):
+        rows = [Row(5 + i, position + i, wanted=last and i == count - 1) for i in range(count)]
+        evaluate(context, steering.decode, rows)
+        assert steering.applied.layers == {}
+    evaluate(context, steering.decode, [Row(5, 11)])
+    assert steering.applied.layers[1].rows == 1
 
 
 def test_a_freed_context_takes_its_hook_along(contexts: Contexts) -> None:

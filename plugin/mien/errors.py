@@ -20,6 +20,7 @@
 And every warning, for what can be done and is probably not meant:
 
     MienWarning
+    ├── ReplyWarning                several tokens of a reply at once were taken for a prompt
     └── DoseWarning                 a dose that the vector is not good for
 
 A message says what was expected, what came instead, where, and what to do next. The facts are
@@ -213,6 +214,10 @@ class SteeringNotApplied(MienError):
 
 class MienWarning(UserWarning):
     """Base of every warning meant for a user."""
+
+
+class ReplyWarning(MienWarning):
+    """A reply continued with several tokens at once, which were taken for the prompt of a new turn."""
 
 
 class DoseWarning(MienWarning):

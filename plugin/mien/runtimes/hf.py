@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..errors import RuntimeNotSupported, SiteNotFound, SteeringNotApplied
+from ..errors import ReplyWarning, RuntimeNotSupported, SiteNotFound, SteeringNotApplied, warn
 from ..program import NOTHING
 from ..steering import Applied, LayerApplied, Programs, Steering
 from ..vector import Floats
@@ -253,10 +252,11 @@ class HFRuntime:
         self.require(rows)
         if rows.resumed and not self._warned and (self._loaded.by_token or self._reader is not None):
             self._warned = True
-            warnings.warn(
-                f"{rows.tokens} tokens at once, after tokens of a reply in the same cache, are taken for a "
-                "new prompt. If they are of that reply (drafts), use generate(), or pass them one by one",
-                stacklevel=2,
+            warn(
+                ReplyWarning(
+                    f"a reply continued with {rows.tokens} tokens at once: they count as the prompt of a new "
+                    "turn. If they are of that reply (drafts), use generate(), or pass them one by one"
+                )
             )
         loaded = self._loaded
         if loaded.elsewhere:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import engine
-from ..errors import MienWarning, RecipeError, RuntimeNotSupported, SiteNotFound, SteeringNotApplied
+from ..errors import (
+    RecipeError,
+    ReplyWarning,
+    RuntimeNotSupported,
+    SiteNotFound,
+    SteeringNotApplied,
+    warn,
+)
 from ..fingerprint import Fingerprint, vocabulary_digest
 from ..program import NOTHING, Key, Program
 from ..steering import Applied, LayerApplied, Programs, Steering
@@ -360,11 +366,11 @@ class ContextRuntime:
 
     def _warn_of_drafts(self) -> None:
         self._warned = True
-        warnings.warn(
-            "a reply continued with several tokens at once: they count as the prompt of a new turn. If they "
-            "are drafts that the model verifies, say where the reply begins: steering.reply_from(position)",
-            MienWarning,
-            stacklevel=5,
+        warn(
+            ReplyWarning(
+                "a reply continued with several tokens at once: they count as the prompt of a new turn. If "
+                "they are of that reply (drafts), say where it begins: steering.reply_from(position)"
+            )
         )
 
     def _refuse(self, status: int) -> None:
