@@ -310,7 +310,9 @@ def test_nothing_is_done_at_a_layer_without_a_direction() -> None:
 def test_a_program_keeps_nothing_of_its_vectors() -> None:
     rows = make_vector(layers=(1,)).rows.copy()
     ids = np.array([1], dtype=np.int32)
-    vector = SimpleNamespace(layer_ids=ids, layers=(1,), rows=rows, site="residual", width=N_EMBD, rank=1)
+    vector = SimpleNamespace(
+        layer_ids=ids, layers=(1,), rows=rows, site="residual", width=N_EMBD, rank=1, kept={}
+    )
     direction = vector.rows.copy()
     program = CompiledProgram(N_LAYER, [Dose(1.0, vector)])  # type: ignore[arg-type]
     vector.rows[:] = np.nan

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from makers import make_vector
+from mien import recipe as recipe_module
 from mien.errors import RecipeError
 from mien.misreading import misread
 from mien.recipe import (
@@ -644,7 +645,7 @@ NO_VALUE = "expected a number or a vector's name, got {}"
             MAX_DEPTH + 1,
         ),
         (
-            f"{'+'.join(['joy'] * (MAX_DEPTH + 2))}",
+            f"{'+'.join(['joy(1)'] * (MAX_DEPTH + 2))}",
             f"nested deeper than {MAX_DEPTH} levels; put parts of it in parentheses",
             0,
         ),
@@ -988,3 +989,45 @@ def test_levels_are_doses_that_grow_to_the_full_one() -> None:
 def test_an_unknown_level_lists_the_known_ones() -> None:
     with pytest.raises(RecipeError, match=r"expected a level \(slightly, somewhat.*got 'much'"):
         parse('joy("much")')
+
+
+# ---- the quick way ----
+
+_NUMBERS = st.one_of(
+    st.integers(0, 10**20).map(str),
+    st.floats(0, 1e6).map("{:.5f}".format),
+    st.sampled_from(["0", "0.0", "00", "007", "1.", ".5", "1e3", "1_0", "9" * 400]),
+)
+_NAMES = st.one_of(st.sampled_from(["joy", "fear", "clamp", "and", "True", "größe", "_", "a.b", "x1"]))
+_BLANKS = st.sampled_from(["", " ", "  ", "\t", "\n"])
+
+
+@st.composite
+def sums(draw: st.DrawFn) -> str:
+    parts = []
+    for i in range(draw(st.integers(1, 5))):
+        sign = draw(st.sampled_from(["+", "-", "", "--", "+ -"] if i == 0 else ["+", "-", "- -", ""]))
+        factor = draw(st.sampled_from(["", "{}*", "{} * ", "{}", "{}/"])).format(draw(_NUMBERS))
+        parts += [sign, draw(_BLANKS), factor, draw(_NAMES), draw(_BLANKS)]
+    return "".join(parts)
+
+
+@given(text=sums())
+def test_a_sum_is_read_quickly_as_it_is_read_slowly(text: str) -> None:
+    quick = recipe_module._plain_sum(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe_module, "_plain_sum", lambda text: None)
+        try:
+            slow = parse.__wrapped__(text)
+        except RecipeError:
+            assert quick is None
+            return
+    assert quick is None or Recipe(quick) == slow
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["joy", "0.8*joy - 0.3*anger", " - joy+2 * fear ", "joy + joy", "0*joy", "-0.5*joy", "1*_x - 0.1*_x"],
+)
+def test_most_recipes_are_read_quickly(text: str) -> None:
+    assert recipe_module._plain_sum(text) is not None

@@ -5,11 +5,11 @@ Keeps buffers alive for as long as C may read them, and turns status codes into 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,7 @@ OPERATIONS: dict[str, int] = {
 }
 _SITES: dict[str, int] = {site: getattr(lib, f"MIEN_SITE_{site.upper()}") for site in SITES}
 _FOREVER = (1 << 31) - 1
+_NO_WINDOW = (0, math.inf, 0, math.inf)
 
 
 class WindowLike(Protocol):
@@ -135,7 +136,10 @@ class CompiledProgram:
 
     def __init__(self, n_layer: int, doses: Sequence[DoseLike]) -> None:
         keep: list[Any] = []  # arrays that C reads during the call
-        gates: dict[str, GateLike] = {gate.key: gate for dose in doses for gate in dose.gates}
+        gates: dict[str, GateLike] = {}
+        for dose in doses:
+            if dose.gates:
+                gates.update((gate.key, gate) for gate in dose.gates)
         numbers = {key: number for number, key in enumerate(gates)}
         c_gates = ffi.new("mien_gate[]", max(len(gates), 1))
         for c_gate, gate in zip(c_gates, gates.values()):
@@ -314,12 +318,8 @@ def _fill_readout(readout: Any, vector: Vector, keep: list[Any]) -> None:
     readout.offsets = _doubles(vector.center[kept, 0], keep)
 
 
-# By vector and operation, what of a term they say; made once, since a recipe may be new before every token.
-_prepared: WeakKeyDictionary[Vector, dict[str, tuple[Any, list[Any]]]] = WeakKeyDictionary()
-
-
 def _prepare(vector: Vector, operation: str) -> tuple[Any, list[Any]]:
-    """A term of that vector without its dose, and the arrays that it points into."""
+    """A term of that vector without its dose and window, and the arrays that it points into."""
     keep: list[Any] = []
     subspace = operation in ("ablate", "clamp")
     term = ffi.new("mien_term *")
@@ -329,6 +329,7 @@ def _prepare(vector: Vector, operation: str) -> tuple[Any, list[Any]]:
     term.width, term.rank = vector.width, vector.rank if subspace else 1
     term.n_rows, term.layers = len(vector.layers), layers
     term.rows = _floats(vector.basis if subspace else vector.rows, keep)
+    term.window.stop, term.window.decay = _FOREVER, math.inf
     if operation == "edit":
         term.biases = _doubles(cast(Any, vector.bias), keep)
     return term, keep
@@ -336,10 +337,10 @@ def _prepare(vector: Vector, operation: str) -> tuple[Any, list[Any]]:
 
 def _fill_term(terms: Any, number: int, dose: DoseLike, keep: list[Any]) -> None:
     vector, operation = dose.vector, dose.operation
-    known = _prepared.setdefault(vector, {})
-    if operation not in known:
-        known[operation] = _prepare(vector, operation)
-    template, arrays = known[operation]
+    kept = vector.kept  # a recipe may be new before every token: what stays the same is made once
+    if operation not in kept:
+        kept[operation] = _prepare(vector, operation)
+    template, arrays = kept[operation]
     terms[number] = template[0]
     keep.append(arrays)
     term = terms[number]
@@ -352,9 +353,10 @@ def _fill_term(terms: Any, number: int, dose: DoseLike, keep: list[Any]) -> None
     if operation == "edit":
         term.margin = dose.values[0]
     window = dose.window
-    term.window.start, term.window.ramp = window.start, window.ramp
-    term.window.stop = int(min(window.stop, _FOREVER))
-    term.window.decay = window.decay
+    if (window.start, window.stop, window.ramp, window.decay) != _NO_WINDOW:
+        term.window.start, term.window.ramp = window.start, window.ramp
+        term.window.stop = int(min(window.stop, _FOREVER))
+        term.window.decay = window.decay
 
 
 def symbols() -> list[str]:

@@ -92,6 +92,8 @@ class Dose:
     @property
     def manner(self) -> str:
         """How the vector is used, in a text that is equal where that is. Doses of one manner fold."""
+        if not (self.values or self.gates) and self.window is ALWAYS:
+            return self.operation
         said = [self.operation, *map(str, self.values)]
         said += [str(tuple(self.window))] if self.window != ALWAYS else []
         return " ".join([*said, *(gate.key for gate in self.gates)])
@@ -263,6 +265,8 @@ def _resolved(term: Term, model: Fingerprint, find: Callable[[str], Vector]) -> 
         )
     if (operation in ("force", "forbid")) != (vector.site == "experts") and operation not in ("add", "scale"):
         raise VectorError(f"{term.text}: {operation} can't act at the site of {vector.name}, {vector.site}")
+    if not (counts_reply(term) or term.gates):
+        return Dose(term.coefficient, vector, operation, values)
     window = Window(
         term.start,
         math.inf if term.stop is None else term.stop,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -212,6 +212,11 @@ class Vector:
         ids = np.array(self.layers, dtype=np.int32)
         ids.setflags(write=False)
         return ids
+
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """What a user of the vector makes of it once and keeps, by a name of its own: see engine.py."""
+        return {}
 
     @property
     def directions(self) -> dict[int, Floats]:
