@@ -74,6 +74,9 @@ RECURRENT: dict[str, dict[str, Any]] = {
     },
 }
 
+RECURRENT = {name: sizes for name, sizes in RECURRENT.items() if hasattr(transformers, f"{name}Config")}
+NEWER = int(transformers.__version__.partition(".")[0]) >= 5  # what 4.57 does not have, or can't do
+
 
 def make(name: str) -> Any:
     torch.manual_seed(0)
@@ -128,15 +131,19 @@ def test_a_model_with_states_is_left_alone_and_its_reply_is_counted(name: str) -
         assert reply(model, batch, count=4) == alone
 
 
+# 4.57 makes a cache for these only inside of generate(), or one that does not say whether it is empty.
+OWN = ["Rwkv", "MiniMax", *(["Mamba", "Mamba2", "Bamba", "Lfm2"] if NEWER else [])]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Rwkv", "MiniMax", "Bamba", "Lfm2"])
+@pytest.mark.parametrize("name", OWN)
 def test_a_state_in_somebodys_own_loop(name: str) -> None:
     model = make(name)
     model.generation_config.use_cache = True
-    kept = "state" if name == "Rwkv" else next(iter(cache_argument(None)))
 
     def loop() -> None:
         found = model(input_ids=IDS, use_cache=True)
+        kept = next(key for key in ("state", "cache", "past_key_values") if key in found)
         for token in (3, 4, 5):
             more = torch.tensor([[token]])
             found = model(input_ids=more, use_cache=True, **{kept: found[kept]})
@@ -172,13 +179,27 @@ UNTRIED = {
 }
 
 
+# Names of transformers 4 for the above with other options.
+OLDER = {
+    "HQQQuantizedCache",
+    "HybridCache",
+    "HybridChunkedCache",
+    "OffloadedCache",
+    "OffloadedHybridCache",
+    "OffloadedStaticCache",
+    "QuantoQuantizedCache",
+    "SinkCache",
+    "SlidingWindowCache",
+}
+
+
 def test_every_cache_class_is_known() -> None:
     found = {
         name
         for name, each in vars(cache_utils).items()
         if inspect.isclass(each) and issubclass(each, cache_utils.Cache) and each.__name__ == name
     }
-    assert found <= {name.partition(" ")[0] for name in CACHES} | set(UNTRIED)
+    assert found <= {name.partition(" ")[0] for name in CACHES} | set(UNTRIED) | OLDER
 
 
 @torch.no_grad()
@@ -256,6 +277,7 @@ def test_an_unknown_length_breaks_nothing_and_is_refused_only_if_it_matters() ->
 # ---- generate ----
 
 
+@pytest.mark.skipif(not NEWER, reason="transformers 4.57 can't: it drops all of the new tokens")
 def test_a_cache_of_the_users_with_the_new_tokens_only() -> None:
     """The mask has all columns; what is passed in is prompt, however much the cache holds."""
     model = make_model()
@@ -281,9 +303,9 @@ def test_drafts_are_counted_by_the_cache() -> None:
     with attach(model) as steering:
         for recipe in ('v(when="prompt")', 'v(when="response")', "v(start=2, stop=5)", "v(decay=3)"):
             steering.set(recipe)
-            expected = reply(model, text, count=9)
+            expected = reply(model, text, count=9, eos_token_id=-1)
             for way in ways:
-                assert reply(model, text, count=9, **way) == expected, (recipe, way)
+                assert reply(model, text, count=9, eos_token_id=-1, **way) == expected, (recipe, way)
 
 
 def test_guidance_is_a_sequence_beside_the_reply() -> None:
@@ -334,8 +356,7 @@ PROMPTS = [[5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17], [20, 21]]
 
 
 def packed(model: Any) -> list[list[int]]:
-    from transformers.generation import ContinuousBatchingConfig
-
+    """What generate_batch makes of PROMPTS."""
     found = model.generate_batch(
         inputs=PROMPTS,
         generation_config=transformers.GenerationConfig(
@@ -343,12 +364,15 @@ def packed(model: Any) -> list[list[int]]:
         ),
         progress_bar=False,
         warmup=False,
-        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32),
+        continuous_batching_config=transformers.generation.ContinuousBatchingConfig(
+            page_size=16, num_blocks=8, max_batch_tokens=32
+        ),
     )
     assert [result.error for result in found.values()] == [None] * len(PROMPTS)
     return [list(result.generated_tokens) for result in found.values()]
 
 
+@pytest.mark.skipif(not NEWER, reason="transformers 4.57 can't do it on the CPU")
 def test_continuous_batching_acts_alike_on_all_tokens_or_is_refused() -> None:
     model = make_model(attn_implementation="sdpa")
     with attach(model) as steering:

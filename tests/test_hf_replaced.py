@@ -210,7 +210,10 @@ def test_a_replaced_router_chooses_as_it_is_steered() -> None:
         steering.set("forbid(e)")
         steering.count_experts()
         logits(model)
-        model.model.layers[LAYER].mlp.gate = make().model.layers[LAYER].mlp.gate
+        name = next(
+            name for name, _ in model.named_modules() if f".{LAYER}." in name and name.endswith(".gate")
+        )
+        model.set_submodule(name, make().get_submodule(name))
         steering.count_experts()
         logits(model)
         counts = steering.expert_counts[LAYER]

@@ -17,6 +17,7 @@ a word: a beam then goes on with what the gates remember of the row that it came
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import threading
@@ -333,10 +334,13 @@ class HFRuntime:
         device = torch.device("cpu") if weight.is_meta else weight.device
         found: dict[int, Floats] = {}
         self.follow()
+        owner = self._layers.owner
+        cached = "use_cache" in inspect.signature(owner.forward).parameters
+        options = {"use_cache": False} if cached else {}
         self.local.capture = Capture(found, frozenset(layers), last)
         try:
             with torch.no_grad():
-                self._layers.owner(input_ids=torch.tensor([list(tokens)], device=device), use_cache=False)
+                owner(input_ids=torch.tensor([list(tokens)], device=device), **options)
         finally:
             self.local.capture = None
         return np.stack([found[layer] for layer in layers])
