@@ -1158,7 +1158,7 @@ def test_import_keeps_the_last_row_when_asked(here: Path) -> None:
         (["nothing.gguf"], 4, ["nothing.gguf: can't be read"]),
         (["evil.pt"], 4, ["evil.pt, data.pkl, byte 2: refused: it names 'os.system'"]),
         (["happy.gguf", "--model", "nothing"], 3, ["nothing: there is no such file"]),
-        (["happy.gguf", "--model", "happy.gguf"], 3, ["expected a model, got a vector"]),
+        (["happy.gguf", "--model", "happy.gguf"], 4, ["expected a model, got a vector"]),
         (["happy.gguf", "-o", "out", "--scale", "1e39"], 1, ["NaN or infinity"]),
         (["happy.gguf", "-o", "out", "--shift", "-9"], 4, ["no row is left"]),
     ],

@@ -393,7 +393,7 @@ def test_the_vocabulary_digests_agree(real: tuple[Pair, Any]) -> None:
     [
         STEERED,
         "joy(keep_norm=True)",
-        'joy(when="response") - anger',
+        'joy(when="response") - 0.5*anger',
         "ablate(joy) + clamp(calm, 1) + 0.5*purify(fear, sadness)",
         "joy(start=1, ramp=2, decay=3)",
     ],
@@ -437,7 +437,7 @@ def test_a_stream_stops_when_it_is_closed_and_tells_when_there_is_no_room(real: 
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    with pytest.raises(MienError, match=r"the prompt has \d+ tokens, the context room for 16"):
+    with pytest.raises(MienError, match=r"the prompt has \d+ tokens, and at most 15 fit"):
         next(stream(pair.model, tokenizer, inputs, max_tokens=8, n_ctx=16))
 
 
