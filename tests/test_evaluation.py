@@ -257,7 +257,10 @@ def test_what_can_not_be_asked(small: tiny.Tiny, tmp_path: Path) -> None:
     with pytest.raises(RuntimeNotSupported, match="expected a llama_cpp"):
         evaluator(object())
     llm = load(small)
-    with mien.attach(llm), pytest.raises(MienError, match="not attached"):
-        evaluator(llm)
+    for model in (llm, small.model):
+        with mien.attach(model) as steering:
+            with pytest.raises(MienError, match="not attached"):
+                evaluator(model)
+            assert mien.steering_of(model) is steering
     with closing(evaluator(llm)) as many, pytest.raises(ValueError, match="one for each of 2 texts"):
         many.log_probabilities(texts()[:2], programs=[many.compile(None)])

@@ -20,7 +20,7 @@ from ..program import NOTHING, Program
 from ..recipe import RecipeLike
 from ..trie import Chunk, chunks
 from ..vector import Floats
-from . import attach
+from . import attach, steering_of
 from .hf_layers import find_layers, text_config
 from .hf_text import chat_inputs
 from .hf_tracker import tracker_of
@@ -34,6 +34,8 @@ class HFEvaluator:
     """Of a transformers model that is not attached, and its tokenizer, without which there is no text."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
+        if steering_of(model) is not None:  # its Steering would be detached with the evaluator
+            raise MienError("expected a model that is not attached: mien.detach(model) first")
         self._model, self._given = model, tokenizer
         self._steering = attach(model, tokenizer=tokenizer)
         self.fingerprint = self._steering.model
