@@ -152,8 +152,11 @@ class CompiledProgram:
             if dose.gates:
                 terms[at].n_gates = len(dose.gates)
                 terms[at].gates[0 : len(dose.gates)] = [numbers[gate.key] for gate in dose.gates]
+        self._take(n_layer, terms, len(doses), c_gates, len(gates))
+
+    def _take(self, n_layer: int, terms: Any, count: int, gates: Any, n_gates: int) -> None:
         out = ffi.new("mien_program **")
-        check(lib.mien_program_new(out, n_layer, terms, len(doses), c_gates, len(gates)))
+        check(lib.mien_program_new(out, n_layer, terms, count, gates, n_gates))
         self.handle = ffi.gc(out[0], lib.mien_program_release)
         self.n_layer = n_layer
 
@@ -212,6 +215,29 @@ class CompiledProgram:
         ffi.from_buffer(rows, require_writable=True)
         said = tokens.address() if tokens is not None else 0
         return apply_tokens_at(self, site, layer, rows.ctypes.data, len(rows), said)
+
+
+class SumOf:
+    """Compiles sums of the same vectors with other coefficients."""
+
+    def __init__(self, n_layer: int, vectors: Sequence[Vector]) -> None:
+        self._n_layer, self._count, self._keep = n_layer, len(vectors), []
+        self._terms = ffi.new("mien_term[]", max(len(vectors), 1))
+        for number, vector in enumerate(vectors):
+            template, arrays = _prepared(vector, "add")
+            self._terms[number] = template[0]
+            self._keep.append(arrays)
+        self._size = ffi.sizeof(self._terms)
+
+    def compiled(self, coefficients: Sequence[float]) -> CompiledProgram:
+        """As CompiledProgram, of the sum with these coefficients."""
+        terms = ffi.new("mien_term[]", max(self._count, 1))  # its own: any thread may compile
+        ffi.memmove(terms, self._terms, self._size)
+        for number, coefficient in enumerate(coefficients):
+            terms[number].coefficient = coefficient
+        made = CompiledProgram.__new__(CompiledProgram)
+        made._take(self._n_layer, terms, self._count, ffi.NULL, 0)
+        return made
 
 
 # CompiledProgram.apply on memory that somebody else owns, at the residual stream of a prompt:
@@ -335,12 +361,17 @@ def _prepare(vector: Vector, operation: str) -> tuple[Any, list[Any]]:
     return term, keep
 
 
-def _fill_term(terms: Any, number: int, dose: DoseLike, keep: list[Any]) -> None:
-    vector, operation = dose.vector, dose.operation
-    kept = vector.kept  # a recipe may be new before every token: what stays the same is made once
+def _prepared(vector: Vector, operation: str) -> tuple[Any, list[Any]]:
+    """What `_prepare` makes, once: a recipe may be new before every token."""
+    kept = vector.kept
     if operation not in kept:
         kept[operation] = _prepare(vector, operation)
-    template, arrays = kept[operation]
+    return cast("tuple[Any, list[Any]]", kept[operation])
+
+
+def _fill_term(terms: Any, number: int, dose: DoseLike, keep: list[Any]) -> None:
+    vector, operation = dose.vector, dose.operation
+    template, arrays = _prepared(vector, operation)
     terms[number] = template[0]
     keep.append(arrays)
     term = terms[number]

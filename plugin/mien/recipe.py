@@ -40,7 +40,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -170,9 +170,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sum of terms, none twice in the same manner, none with coefficient 0. Empty: no steering."""
+    """A sum of terms, none twice in the same manner, none with coefficient 0. Empty: no steering.
+
+    plain: known to be nothing but names of vectors with numbers before them.
+    """
 
     terms: tuple[Term, ...] = ()
+    plain: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         """The text that parses to the same recipe: where vectors have names, and up to MAX_LENGTH."""
@@ -283,7 +287,7 @@ def parse(text: str) -> Recipe:
     if not text.strip():
         return Recipe()
     if (terms := _plain_sum(text)) is not None:
-        return Recipe(terms)
+        return Recipe(terms, plain=True)
     if "#" in text:  # to the parser the rest would be a comment, over line ends too once they are blanks
         raise RecipeError("comments have no place in a recipe", text, text.index("#"))
     if ".gguf" in text and (error := file_in_place_of_a_name(text)):

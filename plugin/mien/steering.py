@@ -17,6 +17,7 @@ from .fingerprint import Fingerprint
 from .program import NOTHING, Program, compile_recipe, excessive_doses, require_fit
 from .recipe import Recipe, RecipeLike, as_name, as_recipe
 from .registry import Registry
+from .sums import Sums
 from .vector import Floats, Vector
 from .watch import Token, Watch
 
@@ -166,6 +167,7 @@ class Steering:
         self._runtime: Runtime | None = runtime
         self._registry = registry or Registry()
         self._found: dict[str, Vector] = {}
+        self._sums = Sums()
         self._scopes: list[_Scope] = []  # those that are open, in the order in which they were entered
         self._scoping = threading.Lock()
         self._watch: Watch | None = None  # the newest
@@ -234,12 +236,22 @@ class Steering:
 
         Issues a DoseWarning, once for each vector, for a dose beyond what the vector was calibrated for.
         """
-        runtime = self._attached()
-        program = compile_recipe(as_recipe(recipe), runtime.fingerprint, self._find, runtime)
+        program = self._compiled(as_recipe(recipe))
         for warning in excessive_doses(program):
             if warning.name not in self._warned:
                 self._warned.add(warning.name)
                 warn(warning)
+        return program
+
+    def _compiled(self, recipe: Recipe) -> Program:
+        runtime = self._attached()
+        if not recipe.plain:
+            return compile_recipe(recipe, runtime.fingerprint, self._find, runtime)
+        vectors = tuple([self._find(str(term.vector)) for term in recipe.terms])
+        program = self._sums.compiled(recipe, vectors)
+        if program is None:
+            program = compile_recipe(recipe, runtime.fingerprint, self._find, runtime)
+            self._sums.note(recipe, vectors, program)
         return program
 
     @contextmanager
