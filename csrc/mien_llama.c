@@ -421,7 +421,7 @@ static void count_computed(mien_hook *hook, const ggml_tensor *t, int32_t layer)
 
 static void forget_inputs(mien_hook *hook) {
     hook->between = true;
-    hook->looks_up = false;
+    hook->looks_up = !hook->layout.image_size; /* then sources can't be read, and tokens are likelier */
     hook->ids.n = hook->positions.n = -1;
 }
 
@@ -604,7 +604,7 @@ static void follow_graph(slot *here, int64_t rows) {
     here->graph = hook->graph;
     if (here->site == MIEN_SITE_RESIDUAL && here->layer == hook->n_layer - 1) { /* the last place of a graph */
         forget_inputs(hook);
-        if (!hook->in_scope) hook->now[0].silent = !rows;
+        if (!hook->in_scope && hook->batching.n_sequences == 1) hook->now[0].silent = !rows;
     }
 }
 
