@@ -174,6 +174,43 @@ def test_a_context_whose_settings_are_undone_can_be_attached(load: Callable[...,
     assert "_mien_hook" not in vars(llm._ctx)
 
 
+def lost_by_detach(llm: Any, steering: mien.Steering) -> None:
+    steering.detach()
+
+
+def lost_by_capture(llm: Any, steering: mien.Steering) -> None:
+    steering.capture([5, 6])
+
+
+def lost_by_reset(llm: Any, steering: mien.Steering) -> None:
+    llm.reset()
+
+
+@pytest.mark.parametrize("lose", [lost_by_detach, lost_by_capture, lost_by_reset])
+def test_a_reply_does_not_go_on_without_what_it_began_with(
+    load: Callable[..., Any], lose: Callable[[Any, mien.Steering], None]
+) -> None:
+    llm = load()
+    steering = mien.attach(llm, registry=REGISTRY)
+    steering.set("a")
+    stream = llm.generate(TOKENS, temp=0.0)
+    assert len([next(stream), next(stream)]) == 2
+    lose(llm, steering)
+    with pytest.raises(mien.SteeringNotApplied, match="of the 26 tokens before it only 0 are left"):
+        next(stream)
+    assert replied(llm) == steered(load, "a" if lose is not lost_by_detach else "")[2]
+
+
+def test_a_reply_that_nothing_touched_goes_on_after_detach(load: Callable[..., Any]) -> None:
+    llm, plain = load(), load()
+    steering = mien.attach(llm, registry=REGISTRY)
+    stream = llm.generate(TOKENS, temp=0.0)
+    found = [next(stream) for _ in range(3)]
+    steering.detach()
+    found += [next(stream) for _ in range(3)]
+    assert found == replied(plain)
+
+
 # ---- saved states ----
 
 

@@ -336,7 +336,15 @@ class _SteeredLlama:
                 return
             finally:
                 runtime.prompt_end = None  # between its tokens others may evaluate
+            held = self.n_tokens  # type: ignore[attr-defined]
             sent = yield token
+            if self.n_tokens < held:  # type: ignore[attr-defined]
+                # llama-cpp-python would evaluate the last token again and again until it is that far.
+                raise SteeringNotApplied(
+                    f"this reply can't go on: of the {held} tokens before it only {self.n_tokens} "  # type: ignore[attr-defined]
+                    "are left in the context (detach(), capture() or reset() between two of its tokens): "
+                    "generate it anew"
+                )
 
     def eval(self, tokens: Sequence[int]) -> None:
         plain, runtime = super().eval, self._mien  # type: ignore[misc]
