@@ -81,7 +81,8 @@ struct mien_hook {
     int32_t last_layer;                     /* asked for last in this graph */
     int64_t graph_tokens, tokens_before;    /* in this graph; in the earlier graphs of this scope */
     bool between;                           /* of the graph that begins no place was asked for yet */
-    bool looks_up;                          /* it looks up embeddings of tokens */
+    bool looks_up;                          /* its rows are embeddings of tokens that it looks up */
+    const ggml_tensor *looked_up;           /* embeddings of tokens that nothing was seen to use yet */
     input ids, positions;                   /* of the graph that begins */
 
     const ggml_tensor *pending;             /* asked for: it comes back computed */
@@ -422,6 +423,7 @@ static void count_computed(mien_hook *hook, const ggml_tensor *t, int32_t layer)
 static void forget_inputs(mien_hook *hook) {
     hook->between = true;
     hook->looks_up = !hook->layout.image_size; /* then sources can't be read, and tokens are likelier */
+    hook->looked_up = NULL;
     hook->ids.n = hook->positions.n = -1;
 }
 
@@ -465,6 +467,9 @@ static void read_input(mien_hook *hook, const ggml_tensor *leaf, input *in) {
     in->n = (int32_t)n;
 }
 
+/* How ggml names nodes that were not given a name. */
+static const char UNNAMED[] = "node_";
+
 /* The tokens and positions of the graph that begins, from a node that looks embeddings up or rotates. */
 static void read_inputs(mien_hook *hook, const ggml_tensor *t) {
     const ggml_tensor *leaf = mien_pointer_at(t, hook->layout.sources + sizeof(void *));
@@ -472,7 +477,9 @@ static void read_inputs(mien_hook *hook, const ggml_tensor *t) {
     const char *name = hook->ggml.ggml_get_name(leaf);
     if (!strcmp(name, "inp_tokens")) { /* a graph's first node */
         forget_inputs(hook);
-        hook->looks_up = true;
+        /* A graph of embeddings looks tokens up as well, and does nothing with them. */
+        hook->looks_up = strncmp(hook->ggml.ggml_get_name(t), UNNAMED, strlen(UNNAMED));
+        hook->looked_up = hook->looks_up ? NULL : t;
         if (hook->in_scope) read_input(hook, leaf, &hook->ids);
     } else if (hook->between && hook->positions.n < 0 && !strcmp(name, "inp_pos")) {
         read_input(hook, leaf, &hook->positions);
@@ -721,6 +728,11 @@ static bool ask(mien_hook *hook, ggml_tensor *t) {
         RESIDUAL | (hook->in_scope || !hook->between ? hook->sites : hook->current ? hook->current->sites : 0);
     if (layout->image_size) {
         const int32_t op = mien_int_at(t, layout->op);
+        if (hook->looked_up && (mien_pointer_at(t, layout->sources) == hook->looked_up ||
+                                mien_pointer_at(t, layout->sources + sizeof(void *)) == hook->looked_up)) {
+            hook->looks_up = true;
+            hook->looked_up = NULL;
+        }
         if (hook->tail.left && mien_pointer_at(t, layout->sources) == hook->tail.node) {
             hook->tail.node = t;
             if (!--hook->tail.left) return ask_slot(hook->tail.at, t);

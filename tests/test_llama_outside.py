@@ -150,6 +150,28 @@ def test_a_picture_is_prompt(load: Callable[..., Any], path: str, when: str) -> 
         assert found == first + rest["choices"][0]["text"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("recipe", ['v(when="response")', 'v(when="prompt")'])
+def test_a_picture_of_one_row_is_prompt_wherever_it_comes(
+    load: Callable[..., Any], path: str, recipe: str
+) -> None:
+    """Also outside of a chat, where one more token is a reply's."""
+    llm, hand = load(), load()
+    attach(llm, recipe, path=path)
+    by_hand = attach(hand, path=path, mix_cache=True)
+    for each in (llm, hand):
+        if each is hand:
+            by_hand.set("v" if "prompt" in recipe else None)
+        each.eval(words(4, 1))
+        decode_directly(each, rows=picture(1, 1))
+        each.eval(words(1, 2))  # after what asked for no logits, so not drawn
+        if each is hand:
+            by_hand.set("v" if "response" in recipe else None)
+        each.eval(words(1, 3))
+    rows = [np.ctypeslib.as_array(api.llama_get_logits(m._ctx.ctx), shape=(N_VOCAB,)) for m in (llm, hand)]
+    assert np.array_equal(*rows)
+
+
 def drawn(llm: Any) -> list[int]:
     """The likeliest next token, which was not evaluated."""
     row = np.ctypeslib.as_array(api.llama_get_logits(llm._ctx.ctx), shape=(llm.n_vocab(),))

@@ -2124,6 +2124,12 @@ static void have_other_ids(graph *g) { g->id_data[0]++; }
 static void swap_ids(graph *g) { g->id_data[0] -= 3, g->id_data[1] += 3; }
 static void look_nothing_up(graph *g) { g->tensors[0].op = OP_DUP, g->tensors[0].src[1] = NULL; }
 
+/* Embeddings of tokens that are changed before they get a name, as by a LoRA. */
+static void leave_unnamed(graph *g) { snprintf(g->tensors[0].name, sizeof g->tensors[0].name, "node_0"); }
+
+/* As llama.cpp's graph of embeddings, which has the nodes for tokens as well. */
+static void look_up_in_vain(graph *g) { g->outputs[0]->src[0] = &g->leaves[LAYERS]; }
+
 static void rows_whose_tokens_cannot_be_told_are_left_alone(void) {
     static void (*const changes[])(graph *) = {name_ids_otherwise, halve_ids, have_no_ids, have_more_ids,
                                                have_other_ids, swap_ids, look_nothing_up};
@@ -2626,14 +2632,20 @@ static void what_is_evaluated_outside_of_a_decode_is_followed(void) {
         CHECK(evaluate(one, hook, 1));
         long_hand(one, &(acting){&windowed, 0, NULL}, &expected); /* one more is a reply's */
         CHECK(is_as(one, &expected));
-        look_nothing_up(one);
+        leave_unnamed(one);
+        CHECK(evaluate(one, hook, 1));
+        long_hand(one, &(acting){&windowed, 1, NULL}, &expected);
+        CHECK(is_as(one, &expected));
+        look_up_in_vain(one);
         CHECK(evaluate(one, hook, 1) && outputs_are(one, &nothing)); /* and embeddings are given */
-        static const int32_t noted[][2] = {{4, 0}, {4, 0}, {4, 4}, {1, 0}, {1, 1}};
+        look_nothing_up(one);
+        CHECK(evaluate(one, hook, 1) && outputs_are(one, &nothing));
+        static const int32_t noted[][2] = {{4, 0}, {4, 0}, {4, 4}, {1, 0}, {1, 0}, {1, 1}, {1, 1}};
         mien_stray strays[LENGTH(noted) + 1];
         CHECK(mien_hook_strays(hook, strays, LENGTH(strays)) == LENGTH(noted));
         for (size_t i = 0; i < LENGTH(noted); i++)
             CHECK(strays[i].position == -1 && strays[i].rows == noted[i][0] && strays[i].given == noted[i][1]);
-        CHECK(strays[0].id != strays[1].id && strays[1].id == strays[4].id && strays[4].id == mien_hook_acted(hook));
+        CHECK(strays[0].id != strays[1].id && strays[1].id == strays[6].id && strays[6].id == mien_hook_acted(hook));
         CHECK(mien_hook_strays(hook, strays, LENGTH(strays)) == 0 && mien_hook_unsteered(hook) == 0);
         for (int i = 0; i < 100; i++) evaluate(one, hook, 1); /* more than there is room for */
         CHECK(mien_hook_strays(hook, strays, LENGTH(strays)) == -1 && mien_hook_strays(hook, strays, LENGTH(strays)) == 0);
