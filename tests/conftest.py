@@ -68,3 +68,28 @@ def load(model_path: Path) -> Iterator[Callable[..., Any]]:
     yield load
     for llm in loaded:
         llm.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random little model's GGUF; see tiny.py."""
+    from tiny import build
+
+    return build("llama", tmp_path_factory.mktemp("tiny")).gguf
+
+
+@pytest.fixture
+def load_tiny(tiny_llama: Path) -> Iterator[Callable[..., Any]]:
+    """Loads `tiny_llama` with small batches, one thread and what the test asks for."""
+    from mien.runtimes.llama_text import load_llama
+
+    loaded = []
+
+    def load(**options: Any) -> Any:
+        settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 32, "n_threads": 1, "seed": 1, **options}
+        loaded.append(load_llama(tiny_llama, **settings))
+        return loaded[-1]
+
+    yield load
+    for llm in loaded:
+        llm.close()

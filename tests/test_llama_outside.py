@@ -6,8 +6,7 @@ The measure is the plain model, and llama.cpp's own control vector on the same e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import llama_cpp.llama_cpp as api
@@ -16,8 +15,7 @@ import numpy as np
 import pytest
 from llama_batches import own_control_vector
 from makers import DictRegistry, make_vector
-from mien.runtimes.llama_text import load_llama
-from tiny import N_VOCAB, build
+from tiny import N_VOCAB
 
 N_LAYER, N_EMBD, PICTURE = 4, 64, 6
 PATHS = ["in-graph", "post-compute"]
@@ -25,23 +23,10 @@ V = make_vector("v", range(1, N_LAYER), 3, fingerprint=None, n_embd=N_EMBD, mode
 REGISTRY = DictRegistry(V)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("llama", tmp_path_factory.mktemp("tiny")).gguf
-
-
 @pytest.fixture
-def load(model: Path) -> Iterator[Callable[..., Any]]:
-    loaded = []
-
-    def load(**options: Any) -> Any:
-        settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 8, "n_threads": 1, "seed": 1, **options}
-        loaded.append(load_llama(model, **settings))
-        return loaded[-1]
-
-    yield load
-    for llm in loaded:
-        llm.close()
+def load(load_tiny: Callable[..., Any]) -> Callable[..., Any]:
+    """With micro-batches of 8."""
+    return lambda **options: load_tiny(**{"n_ubatch": 8, **options})
 
 
 def attach(llm: Any, recipe: Any = None, **options: Any) -> mien.Steering:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from llama_batches import own_control_vector
 from makers import DictRegistry, make_vector
-from mien.runtimes.llama_text import load_llama
-from tiny import N_VOCAB, build
+from tiny import N_VOCAB
 
 N_LAYER, N_EMBD = 4, 64
 VECTORS = [
@@ -30,11 +29,10 @@ TOKENS: list[int] = np.random.default_rng(0).integers(3, N_VOCAB, size=25).tolis
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    build("llama", path)
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    path = tmp_path_factory.mktemp("lora")
     for seed in range(2):
-        _write_lora(path / f"{seed}.lora.gguf", path / "llama.gguf", seed)
+        _write_lora(path / f"{seed}.lora.gguf", tiny_llama, seed)
     return path
 
 
@@ -54,20 +52,6 @@ def _write_lora(path: Path, base: Path, seed: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-@pytest.fixture
-def load(folder: Path) -> Iterator[Callable[..., Any]]:
-    loaded = []
-
-    def load(**options: Any) -> Any:
-        settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 32, "n_threads": 1, "seed": 1, **options}
-        loaded.append(load_llama(folder / "llama.gguf", **settings))
-        return loaded[-1]
-
-    yield load
-    for llm in loaded:
-        llm.close()
 
 
 def logits(llm: Any) -> np.ndarray:
@@ -104,11 +88,11 @@ def control_vector(llm: Any, folder: Path) -> None:
 HIDDEN = [one_lora, two_loras, not_causal, control_vector]
 
 
-def test_the_lora_of_a_llama_is_kept(load: Callable[..., Any], folder: Path) -> None:
+def test_the_lora_of_a_llama_is_kept(load_tiny: Callable[..., Any], folder: Path) -> None:
     lora = str(folder / "0.lora.gguf")
-    llm, plain = load(lora_path=lora), load(lora_path=lora)
+    llm, plain = load_tiny(lora_path=lora), load_tiny(lora_path=lora)
     expected = logits(plain)
-    assert not np.array_equal(expected, logits(load()))
+    assert not np.array_equal(expected, logits(load_tiny()))
     steering = mien.attach(llm)
     assert np.array_equal(logits(llm), expected)
     steering.detach()
@@ -119,10 +103,10 @@ def test_the_lora_of_a_llama_is_kept(load: Callable[..., Any], folder: Path) -> 
 @pytest.mark.parametrize("hide", HIDDEN)
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 def test_what_would_be_lost_is_refused_and_the_llama_stays_as_it_was(
-    load: Callable[..., Any], folder: Path, hide: Callable[[Any, Path], None], lora: bool, used: bool
+    load_tiny: Callable[..., Any], folder: Path, hide: Callable[[Any, Path], None], lora: bool, used: bool
 ) -> None:
     options = {"lora_path": str(folder / "0.lora.gguf")} if lora else {}
-    llm, twin = load(**options), load(**options)
+    llm, twin = load_tiny(**options), load_tiny(**options)
     for each in (llm, twin):
         hide(each, folder)
         if used:
@@ -141,9 +125,9 @@ def test_what_would_be_lost_is_refused_and_the_llama_stays_as_it_was(
 
 @pytest.mark.parametrize("hide", [one_lora, two_loras, not_causal])
 def test_what_is_set_while_attached_stays_after_detach(
-    load: Callable[..., Any], folder: Path, hide: Callable[[Any, Path], None]
+    load_tiny: Callable[..., Any], folder: Path, hide: Callable[[Any, Path], None]
 ) -> None:
-    plain, llm = load(), load(lora_path=str(folder / "0.lora.gguf"))
+    plain, llm = load_tiny(), load_tiny(lora_path=str(folder / "0.lora.gguf"))
     hide(plain, folder)
     expected = logits(plain)
     steering = mien.attach(llm, registry=REGISTRY)
@@ -162,8 +146,10 @@ def test_what_is_set_while_attached_stays_after_detach(
     assert np.array_equal(logits(llm), expected)
 
 
-def test_a_context_whose_settings_are_undone_can_be_attached(load: Callable[..., Any], folder: Path) -> None:
-    llm, plain = load(), load()
+def test_a_context_whose_settings_are_undone_can_be_attached(
+    load_tiny: Callable[..., Any], folder: Path
+) -> None:
+    llm, plain = load_tiny(), load_tiny()
     steering = mien.attach(llm, registry=REGISTRY)
     not_causal(llm, folder)
     steering.detach()
@@ -188,9 +174,9 @@ def lost_by_reset(llm: Any, steering: mien.Steering) -> None:
 
 @pytest.mark.parametrize("lose", [lost_by_detach, lost_by_capture, lost_by_reset])
 def test_a_reply_does_not_go_on_without_what_it_began_with(
-    load: Callable[..., Any], lose: Callable[[Any, mien.Steering], None]
+    load_tiny: Callable[..., Any], lose: Callable[[Any, mien.Steering], None]
 ) -> None:
-    llm = load()
+    llm = load_tiny()
     steering = mien.attach(llm, registry=REGISTRY)
     steering.set("a")
     stream = llm.generate(TOKENS, temp=0.0)
@@ -198,11 +184,11 @@ def test_a_reply_does_not_go_on_without_what_it_began_with(
     lose(llm, steering)
     with pytest.raises(mien.SteeringNotApplied, match="of the 26 tokens before it only 0 are left"):
         next(stream)
-    assert replied(llm) == steered(load, "a" if lose is not lost_by_detach else "")[2]
+    assert replied(llm) == steered(load_tiny, "a" if lose is not lost_by_detach else "")[2]
 
 
-def test_a_reply_that_nothing_touched_goes_on_after_detach(load: Callable[..., Any]) -> None:
-    llm, plain = load(), load()
+def test_a_reply_that_nothing_touched_goes_on_after_detach(load_tiny: Callable[..., Any]) -> None:
+    llm, plain = load_tiny(), load_tiny()
     steering = mien.attach(llm, registry=REGISTRY)
     stream = llm.generate(TOKENS, temp=0.0)
     found = [next(stream) for _ in range(3)]
@@ -219,8 +205,8 @@ def replied(llm: Any) -> list[int]:
     return [int(next(stream)) for _ in range(6)]
 
 
-def steered(load: Callable[..., Any], recipe: str) -> tuple[Any, mien.Steering, list[int]]:
-    llm = load()
+def steered(load_tiny: Callable[..., Any], recipe: str) -> tuple[Any, mien.Steering, list[int]]:
+    llm = load_tiny()
     steering = mien.attach(llm, registry=REGISTRY)
     steering.set(recipe)
     return llm, steering, replied(llm)
@@ -229,29 +215,29 @@ def steered(load: Callable[..., Any], recipe: str) -> tuple[Any, mien.Steering, 
 @pytest.mark.parametrize("options", [{}, {"logits_all": True}], ids=["", "logits_all"])
 @pytest.mark.parametrize("recipe", ["a", 'a(when="response")', "a(start=2)"])
 def test_a_steered_state_is_not_used_by_a_plain_model(
-    load: Callable[..., Any], recipe: str, options: dict[str, bool]
+    load_tiny: Callable[..., Any], recipe: str, options: dict[str, bool]
 ) -> None:
-    plain = load(**options)
+    plain = load_tiny(**options)
     expected = replied(plain)
-    llm = load(**options)
+    llm = load_tiny(**options)
     steering = mien.attach(llm, registry=REGISTRY)
     steering.set(recipe)
     found = replied(llm)
     assert found != expected
     state = llm.save_state()
     steering.detach()
-    for other in (llm, load(**options)):  # the same model, and one that never was attached
+    for other in (llm, load_tiny(**options)):  # the same model, and one that never was attached
         other.load_state(pickle.loads(pickle.dumps(state)))
         assert other.n_tokens == (0 if recipe == "a" else len(TOKENS))
         assert replied(other) == expected
 
 
 @pytest.mark.parametrize("recipe", ["a", 'a(when="response")', 'a(when="prompt")'])
-def test_a_state_is_used_under_its_recipe_and_no_other(load: Callable[..., Any], recipe: str) -> None:
-    llm, _, expected = steered(load, recipe)
+def test_a_state_is_used_under_its_recipe_and_no_other(load_tiny: Callable[..., Any], recipe: str) -> None:
+    llm, _, expected = steered(load_tiny, recipe)
     state = pickle.loads(pickle.dumps(llm.save_state()))
     for other_recipe in (recipe, "b", ""):
-        other, steering, wanted = steered(load, other_recipe)
+        other, steering, wanted = steered(load_tiny, other_recipe)
         other.reset()
         other.load_state(state)
         other._mien.drop_other_recipes()
@@ -262,11 +248,11 @@ def test_a_state_is_used_under_its_recipe_and_no_other(load: Callable[..., Any],
         assert other_recipe != recipe or wanted == expected
 
 
-def test_a_plain_state_is_used_by_an_attached_model(load: Callable[..., Any]) -> None:
-    plain = load()
+def test_a_plain_state_is_used_by_an_attached_model(load_tiny: Callable[..., Any]) -> None:
+    plain = load_tiny()
     expected = replied(plain)
     state = plain.save_state()
-    llm, steering, _ = steered(load, "a")
+    llm, steering, _ = steered(load_tiny, "a")
     steering.clear()
     llm.load_state(state)
     llm._mien.drop_other_recipes()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as api
@@ -17,8 +16,7 @@ import mien
 import numpy as np
 import pytest
 from makers import DictRegistry, make_vector
-from mien.runtimes.llama_text import load_llama
-from tiny import N_VOCAB, build
+from tiny import N_VOCAB
 
 PATHS = ["in-graph", "post-compute"]
 VECTORS = [
@@ -29,23 +27,10 @@ REGISTRY = DictRegistry(*VECTORS)
 TOKENS: list[int] = np.random.default_rng(0).integers(3, N_VOCAB, size=20).tolist()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("llama", tmp_path_factory.mktemp("tiny")).gguf
-
-
 @pytest.fixture
-def load(model: Path) -> Iterator[Callable[..., Any]]:
-    loaded = []
-
-    def load(**options: Any) -> Any:
-        settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 8, "n_threads": 1, "seed": 1, **options}
-        loaded.append(load_llama(model, **settings))
-        return loaded[-1]
-
-    yield load
-    for llm in loaded:
-        llm.close()
+def load(load_tiny: Callable[..., Any]) -> Callable[..., Any]:
+    """With micro-batches of 8."""
+    return lambda **options: load_tiny(**{"n_ubatch": 8, **options})
 
 
 def attach(llm: Any, recipe: Any = None, **options: Any) -> mien.Steering:
