@@ -1005,10 +1005,15 @@ int32_t mien_hook_next(const mien_hook *hook, int32_t sequence) {
     return sequence >= 0 && sequence < hook->batching.n_sequences ? hook->now[sequence].next : 0;
 }
 
-void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int32_t next) {
+bool mien_hook_silent(const mien_hook *hook, int32_t sequence) {
+    return sequence >= 0 && sequence < hook->batching.n_sequences && hook->now[sequence].silent;
+}
+
+void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int32_t next, bool silent) {
     if (sequence < 0 || sequence >= hook->batching.n_sequences) return;
     hook->now[sequence].reply_from = reply_from;
     hook->now[sequence].next = next;
+    hook->now[sequence].silent = silent;
 }
 
 void mien_hook_rewind(mien_hook *hook, int32_t sequence, int32_t position) {

@@ -116,9 +116,12 @@ void mien_hook_shift(mien_hook *hook, int32_t sequence, int32_t by);
 int32_t mien_hook_reply(const mien_hook *hook, int32_t sequence);
 int32_t mien_hook_next(const mien_hook *hook, int32_t sequence);
 
+/* Whether its last token asked for no logits, so that the next one is given. */
+bool mien_hook_silent(const mien_hook *hook, int32_t sequence);
+
 /* What llama.cpp keeps of `sequence` was moved, or loaded: its reply began at `reply_from`, which may be before
- * any position, and its next token comes at `next`. */
-void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int32_t next);
+ * any position, and its next token comes at `next`. silent: whether the last one asked for no logits. */
+void mien_hook_place(mien_hook *hook, int32_t sequence, int32_t reply_from, int32_t next, bool silent);
 
 /* What llama.cpp kept of `sequence` from `position` on is gone: its next token is looked for there, at most. */
 void mien_hook_rewind(mien_hook *hook, int32_t sequence, int32_t position);

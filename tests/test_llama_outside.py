@@ -266,6 +266,31 @@ def llm_tags(llm: Any) -> list[Any]:
     return list(llm._mien.tags)
 
 
+@pytest.mark.parametrize("recipe", ['v(when="response")', 'v(when="prompt")'])
+def test_a_token_after_a_state_is_what_it_was_without(load: Callable[..., Any], recipe: str) -> None:
+    """Given, if it comes after a picture, and else a reply's: whatever was evaluated before it was loaded."""
+    llm = load()
+    attach(llm, recipe)
+    states, rows = [], []
+    for pictured in (True, False):
+        llm.reset()
+        llm.eval(words(4, 1))
+        if pictured:
+            decode_directly(llm, rows=picture(1, 2))
+        else:
+            llm.eval(words(2, 2))
+        states.append(llm.save_state())
+        llm.eval(words(1, 3))
+        rows.append(np.ctypeslib.as_array(api.llama_get_logits(llm._ctx.ctx), shape=(N_VOCAB,)).copy())
+    for state, expected in zip(states, rows):
+        for other in states:
+            llm.load_state(other)
+            llm.load_state(state)
+            llm.eval(words(1, 3))
+            found = np.ctypeslib.as_array(api.llama_get_logits(llm._ctx.ctx), shape=(N_VOCAB,))
+            assert np.array_equal(found, expected)
+
+
 def test_a_state_with_a_picture_keeps_it(load: Callable[..., Any]) -> None:
     llm = load()
     steering = attach(llm, "v")

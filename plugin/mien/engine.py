@@ -554,9 +554,13 @@ class Hook:
         """The position at which its next token is looked for."""
         return cast(int, lib.mien_hook_next(self._hook, sequence))
 
-    def place(self, sequence: int, reply: int, next: int) -> None:
+    def silent(self, sequence: int) -> bool:
+        """Whether its last token asked for no logits, so that the next one is given."""
+        return cast(bool, lib.mien_hook_silent(self._hook, sequence))
+
+    def place(self, sequence: int, reply: int, next: int, silent: bool) -> None:
         """What the runtime keeps of it was moved, or loaded: see mien_hook_place."""
-        lib.mien_hook_place(self._hook, sequence, reply, next)
+        lib.mien_hook_place(self._hook, sequence, reply, next, silent)
 
     def rewind(self, sequence: int, position: int) -> None:
         """What the runtime kept of it from `position` on is gone."""

@@ -2254,10 +2254,11 @@ static void sequences_that_there_are_not_have_no_reply(void) {
     static const int32_t numbers[] = {-1, 1, INT32_MAX, INT32_MIN};
     for (size_t i = 0; i < LENGTH(numbers); i++) {
         mien_hook_tell_reply(hook, numbers[i], 3);
-        mien_hook_place(hook, numbers[i], 3, 4);
+        mien_hook_place(hook, numbers[i], 3, 4, true);
         mien_hook_shift(hook, numbers[i], 2);
         CHECK(mien_hook_begin_anew(hook, numbers[i]) == MIEN_OK);
         CHECK(mien_hook_reply(hook, numbers[i]) == INT32_MAX && mien_hook_next(hook, numbers[i]) == 0);
+        CHECK(!mien_hook_silent(hook, numbers[i]));
     }
     CHECK(mien_hook_reply(hook, 0) == INT32_MAX && mien_hook_next(hook, 0) == 0);
     mien_hook_tell_reply(hook, 0, 3);
@@ -2337,6 +2338,8 @@ static void a_reply_goes_on_where_it_was_moved_to(void) {
         {0, 0, 0, true, "0@98 0@99*", {-1, -1}, 4, 4},
         {'p', INT32_MAX, 0, false, "0@0 0@1*", {-1, -1}, 2, 2},
         {'p', INT32_MAX, 3, false, "0@3*", {0}, 3, 4},
+        {'q', 1, 5, false, "0@5*", {-1}, 6, 6}, /* it can't have been drawn */
+        {'p', 1, 5, false, "0@5*", {4}, 1, 6},
     };
     mien_hook *hook = new_hook(MIEN_PATH_AUTO);
     const steer s = new_steer_like(&(steer){.windowed = true, .start = 1, .stop = 5, .ramp = 3}, "02");
@@ -2350,7 +2353,9 @@ static void a_reply_goes_on_where_it_was_moved_to(void) {
         acting who[MAX_TOKENS];
         bool right;
         if (steps[i].what == 's') mien_hook_shift(hook, 0, steps[i].a);
-        if (steps[i].what == 'p') mien_hook_place(hook, 0, steps[i].a, steps[i].b);
+        if (steps[i].what == 'p') mien_hook_place(hook, 0, steps[i].a, steps[i].b, false);
+        if (steps[i].what == 'q') mien_hook_place(hook, 0, steps[i].a, steps[i].b, true);
+        if (steps[i].what) CHECK(mien_hook_silent(hook, 0) == (steps[i].what == 'q'));
         read_tokens(&given, steps[i].words);
         if (steps[i].without_positions) given.batch.pos = NULL;
         fill_in(who, &given, on, &memory, steps[i].replies);

@@ -208,11 +208,12 @@ class LlamaRuntime(WrapperRuntime):
         del self.tags[position:]
         self.outside = min(self.outside, position)
 
-    def loaded(self, tags: Tags, reply: int, outside: int) -> None:
-        """Another state is in the context: its tags, and where its reply began. Gates begin anew."""
+    def loaded(self, tags: Tags, reply: int, outside: int, silent: bool) -> None:
+        """Another state is in the context: its tags, where its reply began, and whether its last token asked
+        for no logits. Gates begin anew."""
         self.hook.strays()
         self.tags[:], self.outside = tags, outside
-        self.hook.place(0, reply, len(tags))
+        self.hook.place(0, reply, len(tags), silent)
         self.hook.begin_anew(0)
 
     def drop_other_recipes(self) -> None:
@@ -375,6 +376,7 @@ class _SteeredLlama:
         known = runtime.tags[: state.n_tokens]
         state.mien_tags = [*known, *[None] * (state.n_tokens - len(known))]
         state.mien_reply, state.mien_outside = runtime.hook.reply(0), min(runtime.outside, state.n_tokens)
+        state.mien_silent = runtime.hook.silent(0) and runtime.hook.next(0) == state.n_tokens
         state.mien_n_tokens, state.mien_scores = state.n_tokens, state.scores
         state.n_tokens = runtime._valid(NOTHING.prompt.key)
         state.scores = state.scores[: state.n_tokens]
@@ -385,8 +387,12 @@ class _SteeredLlama:
         whole, n_tokens = copy.copy(state), getattr(state, "mien_n_tokens", state.n_tokens)
         whole.n_tokens, whole.scores = n_tokens, getattr(state, "mien_scores", state.scores)
         super().load_state(whole)  # type: ignore[misc]
-        tags = getattr(state, "mien_tags", [()] * n_tokens)
-        self._mien.loaded(tags, getattr(state, "mien_reply", n_tokens), getattr(state, "mien_outside", 0))
+        self._mien.loaded(
+            getattr(state, "mien_tags", [()] * n_tokens),
+            getattr(state, "mien_reply", n_tokens),
+            getattr(state, "mien_outside", 0),
+            getattr(state, "mien_silent", False),
+        )
 
     @property
     def cache(self) -> Any:
