@@ -425,6 +425,20 @@ def test_a_direct_decode_is_steered_where_all_are_alike(contexts: Contexts) -> N
         assert sorted(steering.applied.layers) == [1, 2, 3]
 
 
+def test_a_direct_decode_of_one_sequence_leaves_the_others_replies(contexts: Contexts) -> None:
+    """Also one that asks for no logits, after which its next token would be given."""
+    found = []
+    for directly in (True, False):
+        context = contexts.make(2)
+        steering = attach(context)
+        steering.set('a(when="response")')
+        evaluate(context, steering.decode, [Row(t, i, (0,)) for i, t in enumerate(TEXT[1][:5])])
+        if directly:
+            evaluate(context, None, [Row(t, i, (1,), False) for i, t in enumerate(TEXT[1][:3])])
+        found.append(evaluate(context, steering.decode, [Row(TEXT[1][5], 5, (0,))]))
+    assert differing(*found) == []
+
+
 def test_a_direct_decode_while_sequences_differ_is_said(contexts: Contexts) -> None:
     context, plain = contexts.make(4), contexts.make(4, hooked=False)
     steering = attach(context)
