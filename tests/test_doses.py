@@ -55,8 +55,30 @@ def test_a_file_says_which_doses_were_measured() -> None:
         assert make(**{"calibration.dose": curve}).calibrated is None
 
 
-def test_the_result_of_arithmetic_is_not_calibrated() -> None:
-    assert all(vector.limits is None for vector in (2 * JOY, JOY + FORMAL, -JOY))
+def test_the_result_of_arithmetic_is_not_calibrated_and_keeps_to_the_limits_of_its_parts() -> None:
+    assert all(vector.calibrated is None for vector in (2 * JOY, JOY + FORMAL, -JOY))
+    assert (2 * JOY).limits == (-0.25, 0.875)
+    assert (-JOY).limits == (-1.75, 0.5)
+    assert (JOY / 4).limits == (-2.0, 7.0)
+    assert (JOY + FORMAL).limits == (-0.5, 1.75)
+    assert (0.5 * JOY - FORMAL).limits == (-1.0, 1.0)
+    assert (JOY + RAW).limits == JOY.limits
+    assert (RAW + RAW).limits is (0 * JOY).limits is None
+    assert (JOY - 4 * JOY).limits == (-0.4375, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("vector", "dose"), [(100 * JOY, 1), (-JOY, 1), (0.5 * JOY - 3 * FORMAL, 1), (2 * JOY, -1), (JOY / 2, 4)]
+)
+def test_a_vector_that_was_made_longer_is_warned_of(steering: Steering, vector: Vector, dose: float) -> None:
+    with pytest.warns(DoseWarning) as caught:
+        steering.set(dose * vector if dose != 1 else vector)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("vector", [0.5 * JOY, JOY, -0.5 * JOY, 0.5 * JOY - 0.5 * FORMAL, RAW * 100])
+def test_a_vector_within_its_limits_is_not(steering: Steering, vector: Vector) -> None:
+    steering.set(vector)
 
 
 @pytest.mark.parametrize(

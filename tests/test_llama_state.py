@@ -15,14 +15,15 @@ import llama_cpp.llama_cpp as api
 import mien
 import numpy as np
 import pytest
+from families import build_family
 from llama_batches import own_control_vector
 from makers import DictRegistry, make_vector
+from mien.runtimes.llama_text import load_llama
 from tiny import N_VOCAB
 
 N_LAYER, N_EMBD = 4, 64
 VECTORS = [
-    make_vector(name, (1, 2, 3), seed, fingerprint=None, n_embd=N_EMBD, model_hint="llama")
-    for seed, name in enumerate("ab")
+    make_vector(name, (1, 2, 3), seed, fingerprint=None, n_embd=N_EMBD) for seed, name in enumerate("ab")
 ]
 REGISTRY = DictRegistry(*VECTORS)
 TOKENS: list[int] = np.random.default_rng(0).integers(3, N_VOCAB, size=25).tolist()
@@ -195,6 +196,117 @@ def test_a_reply_that_nothing_touched_goes_on_after_detach(load_tiny: Callable[.
     steering.detach()
     found += [next(stream) for _ in range(3)]
     assert found == replied(plain)
+
+
+def drawn(llm: Any) -> int:
+    return int(llm.sample(temp=0.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"logits_all": True}], ids=["", "logits_all"])
+def test_the_next_token_is_drawn_from_the_same_logits(
+    load_tiny: Callable[..., Any], options: dict[str, bool]
+) -> None:
+    llm, plain = load_tiny(**options), load_tiny(**options)
+    for each in (llm, plain):
+        each.eval(TOKENS)
+    expected = np.ctypeslib.as_array(plain._ctx.get_logits_ith(-1), shape=(N_VOCAB,)).copy()
+    steering = mien.attach(llm)
+    for _ in range(2):
+        assert np.array_equal(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(N_VOCAB,)), expected)
+        assert drawn(llm) == drawn(plain)
+        steering.detach()
+
+
+def test_there_is_nothing_to_draw_from_before_an_evaluation(load_tiny: Callable[..., Any]) -> None:
+    llm = load_tiny()
+    with mien.attach(llm):
+        assert np.isnan(np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(N_VOCAB,))).all()
+
+
+def test_embeddings_asked_for_later_are_kept(load_tiny: Callable[..., Any]) -> None:
+    llm = load_tiny()
+    api.llama_set_embeddings(llm._ctx.ctx, True)
+    steering = mien.attach(llm)
+    for _ in range(2):
+        llm.reset()
+        llm.eval(TOKENS[:5])
+        assert api.llama_get_embeddings(llm._ctx.ctx)
+        steering.detach()
+
+
+def test_detaching_needs_no_memory(load_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, plain = load_tiny(), load_tiny()
+    steering = mien.attach(llm, registry=REGISTRY)
+    steering.set("a")
+    monkeypatch.setattr(api, "llama_init_from_model", lambda model, parameters: None)
+    steering.detach()
+    monkeypatch.undo()
+    assert type(llm) is llama_cpp.Llama
+    assert np.array_equal(logits(llm), logits(plain))
+    mien.attach(llm).detach()
+    assert np.array_equal(logits(llm), logits(plain))
+
+
+def test_a_closed_model_is_told_from_an_attached_one(load_tiny: Callable[..., Any]) -> None:
+    llm = load_tiny()
+    steering = mien.attach(llm, registry=REGISTRY)
+    with steering("a"):
+        llm.close()
+    assert mien.steering_of(llm) is None
+    with pytest.raises(mien.RuntimeNotSupported, match="closed"):
+        mien.attach(llm)
+
+
+class OwnCache(dict[tuple[int, ...], Any]):
+    """A user's, of what llama-cpp-python asks for and no more."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(tuple(key))
+
+    def __setitem__(self, key: Any, state: Any) -> None:
+        super().__setitem__(tuple(key), state)
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(tuple(key))
+
+
+def test_a_users_own_cache_is_seen_under_the_recipe(load_tiny: Callable[..., Any]) -> None:
+    llm = load_tiny()
+    llm.set_cache(cache := OwnCache())
+    steering = mien.attach(llm, registry=REGISTRY)
+    for recipe in ("a", ""):
+        steering.set(recipe)
+        llm.create_completion(TOKENS[:5], max_tokens=2)
+    assert len(cache) == 2
+    steering.detach()
+    assert llm.cache is cache
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba", "lfm2"])
+def test_a_recurrent_memory_is_used_as_a_whole_or_not_at_all(family: str, tmp_path: Path) -> None:
+    path, loaded = build_family(family, tmp_path), []
+
+    def load() -> Any:
+        loaded.append(load_llama(path, n_ctx=128, n_batch=32, n_threads=1))
+        return loaded[-1]
+
+    llm, plain = load(), load()
+    steering = mien.attach(llm, registry=REGISTRY)
+    llm.eval(TOKENS[:3])
+    untouched = llm.save_state()
+    steering.set('a(when="response")')
+    llm.eval(TOKENS[3:4])
+    state = llm.save_state()
+    steering.detach()
+    plain.load_state(state)
+    for each in (llm, plain):
+        assert each.n_tokens == 0
+        each.eval(TOKENS[:4])
+    plain.load_state(untouched)
+    assert plain.n_tokens == 3
+    plain.eval(TOKENS[3:4])
+    for each in loaded:
+        each.close()
 
 
 # ---- saved states ----

@@ -6,8 +6,12 @@ tagged so.
 
 from __future__ import annotations
 
+import gc
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +20,7 @@ import mien
 import numpy as np
 import pytest
 from makers import DictRegistry, make_vector
+from mien import engine
 from tiny import N_VOCAB
 
 PATHS = ["in-graph", "post-compute"]
@@ -243,3 +248,104 @@ def test_everything_is_changed_while_it_decodes(load: Callable[..., Any], path: 
         done.set()
         thread.join()
     assert len(met) > 1, "nothing was changed meanwhile"
+
+
+@pytest.mark.usefixtures("all_processors")
+def test_threads_that_attach_get_the_same_steering(load: Callable[..., Any]) -> None:
+    for llm in [load() for _ in range(5)]:
+        with _impatient(), ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(mien.attach, [llm] * 4))
+        assert len(set(map(id, found))) == 1
+        with _impatient(), ThreadPoolExecutor(4) as pool:
+            list(pool.map(mien.detach, [llm] * 4))
+        assert mien.steering_of(llm) is None
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_decode_may_take_a_setting_at_once(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has it before the call that hands it over returns."""
+    llm = load()
+    steering = attach(llm)
+    b = steering.compile("b")
+    plain = engine.lib.mien_hook_swap
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            return swap if name == "mien_hook_swap" else getattr(library, name)
+
+    def swap(*arguments: Any) -> int:
+        status = int(plain(*arguments))
+        llm.eval(TOKENS[:2])
+        return status
+
+    library = engine.lib
+    monkeypatch.setattr(engine, "lib", Library())
+    steering.set(b)
+    assert llm._mien.tags == [b.prompt.key] * 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals interrupt Python code on POSIX alone")
+def test_a_signal_handler_may_set(load: Callable[..., Any]) -> None:
+    llm = load()
+    steering = attach(llm)
+    a, b = steering.compile("a"), steering.compile("b")
+    handled = 0
+
+    def handler(*_: Any) -> None:
+        nonlocal handled
+        handled += 1
+        with steering(b):
+            steering.set(a)
+        steering.set(b)
+        signal.setitimer(signal.ITIMER_REAL, 0.0002)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0002)
+    try:
+        while handled < 300:
+            with steering(a):
+                steering.set(a)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    expected = {"a": a, "b": b}[str(steering.recipe)]
+    llm.eval(TOKENS[:3])
+    assert llm._mien.tags == [expected.prompt.key] * 3
+    assert not steering._scopes
+
+
+def test_the_garbage_collector_may_end_a_scope(load: Callable[..., Any]) -> None:
+    """Of a generator that was left suspended in one, and in a cycle: in the middle of anything."""
+    steering = attach(load())
+    a = steering.compile("a")
+
+    def agent() -> Iterator[Any]:
+        me = yield
+        with steering(a):
+            yield me
+
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        for _ in range(3000):
+            left: Any = agent()
+            next(left)
+            left.send(left)
+            del left
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert not steering._scopes
+    assert steering.recipe == mien.Recipe()

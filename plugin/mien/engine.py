@@ -5,6 +5,7 @@ Keeps buffers alive for as long as C may read them, and turns status codes into 
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -422,6 +423,15 @@ class Stray(NamedTuple):
     setting: SettingLike | None
 
 
+def _c_acting(setting: SettingLike) -> Any:
+    acting = ffi.new("mien_acting[]", len(setting.acting))
+    for one, (prompt, response, generation) in zip(acting, setting.acting):
+        one.prompt = prompt.handle if prompt else ffi.NULL
+        one.response = response.handle if response else ffi.NULL
+        one.generation = generation
+    return acting
+
+
 class Hook:
     """The llama.cpp hook of one context.
 
@@ -442,8 +452,8 @@ class Hook:
         self._capture: list[Any] = []  # buffers that C may write into until the next end
         self._counts: list[Any] = []
         self.setting: SettingLike | None = None
-        self._swapping = threading.Lock()
-        self._numbers = 0
+        self._swapping = threading.RLock()  # which a signal handler may enter again
+        self._numbers = itertools.count(1)
         self._strays = ffi.new("mien_stray[]", _STRAYS)
         self._settings: dict[int, SettingLike] = {}  # by number, those that may act or have acted last
 
@@ -512,19 +522,30 @@ class Hook:
         Any thread, any time. Returns whether it did: if another thread was first, nothing has changed. What
         was swapped in last is `setting`, and what the last decode went by `acted`: there is no other record.
         """
-        acting = ffi.new("mien_acting[]", len(setting.acting))
-        for one, (prompt, response, generation) in zip(acting, setting.acting):
-            one.prompt = prompt.handle if prompt else ffi.NULL
-            one.response = response.handle if response else ffi.NULL
-            one.generation = generation
+        acting = _c_acting(setting)
         with self._swapping:
             if self.setting is not expected:
                 return False
-            number = self._numbers + 1
-            check(lib.mien_hook_swap(self._hook, acting, len(setting.acting), number))
-            self._numbers, self.setting = number, setting
-            self._settings[number] = setting
+            self.setting = setting
+            try:
+                self._hand_over(setting, acting)
+            except BaseException:
+                self.setting = expected
+                raise
+            # A signal handler may have set something else in this thread meanwhile: the record tells what is
+            # last.
+            while self.setting is not setting:
+                setting = self.setting
+                self._hand_over(setting, _c_acting(setting))
         return True
+
+    def _hand_over(self, setting: SettingLike, acting: Any) -> None:
+        number = next(self._numbers)
+        self._settings[number] = setting  # first: a decode may take it at once
+        status = lib.mien_hook_swap(self._hook, acting, len(setting.acting), number)
+        if status:
+            del self._settings[number]
+        check(status)
 
     @property
     def acted(self) -> SettingLike | None:
@@ -536,7 +557,7 @@ class Hook:
         number = lib.mien_hook_acted(self._hook)
         with self._swapping:
             for older in [other for other in self._settings if other < number]:
-                del self._settings[older]
+                self._settings.pop(older, None)
 
     def tell_reply(self, sequence: int, position: int) -> None:
         """From which position on tokens are the reply; -1: work it out from the batches."""

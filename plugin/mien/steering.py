@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -20,6 +20,9 @@ from .registry import Registry
 from .sums import Sums
 from .vector import Floats, Vector
 from .watch import Token, Watch
+
+# Held while a model is attached or detached, so that no two threads do it at once.
+ATTACHING = threading.RLock()
 
 # One for everything, or one for each row of a batch: as a user gives it, and compiled.
 Setting: TypeAlias = "RecipeLike | Program | Sequence[RecipeLike | Program]"
@@ -145,9 +148,14 @@ class Experts(Protocol):
 
 @dataclass(eq=False)
 class _Scope:
-    """A `with` block that is open. before: what acts once neither it nor a later one is."""
+    """A `with` block that is open.
+
+    before: what acts once neither it nor a later one is open. nested: it was entered in the middle of
+    another's entering or leaving, in the same thread: by a signal handler.
+    """
 
     before: Programs
+    nested: bool = False
 
 
 class Steering:
@@ -169,8 +177,13 @@ class Steering:
         self._found: dict[str, Vector] = {}
         self._sums = Sums()
         self._scopes: list[_Scope] = []  # those that are open, in the order in which they were entered
-        self._scoping = threading.Lock()
+        self._left: list[_Scope] = []  # that ended while others were entered or left
+        # A signal handler, or a generator that the garbage collector closes, may come in again in this
+        # thread.
+        self._scoping = threading.RLock()
+        self._busy = False
         self._watch: Watch | None = None  # the newest
+        self.warns = True  # of doses; what measures doses does not
         self._warned: set[str] = set()  # vectors whose dose a warning was given for
         self.options: dict[str, Any] = {}  # those of `attach`
         runtime.steering = self
@@ -237,7 +250,7 @@ class Steering:
         Issues a DoseWarning, once for each vector, for a dose beyond what the vector was calibrated for.
         """
         program = self._compiled(as_recipe(recipe))
-        for warning in excessive_doses(program):
+        for warning in excessive_doses(program) if self.warns else ():
             if warning.name not in self._warned:
                 self._warned.add(warning.name)
                 warn(warning)
@@ -263,11 +276,16 @@ class Steering:
         """
         programs, runtime = self._fitting_all(recipe), self._attached()
         with self._scoping:
-            before = runtime.setting
-            while not runtime.swap(programs, before):
+            nested, self._busy = self._busy, True
+            try:
                 before = runtime.setting
-            scope = _Scope(before)
-            self._scopes.append(scope)
+                while not runtime.swap(programs, before):
+                    before = runtime.setting
+                scope = _Scope(before, nested)
+                self._scopes.append(scope)
+            finally:
+                self._busy = nested
+            self._leave_all()
         try:
             yield self
         finally:
@@ -275,16 +293,31 @@ class Steering:
 
     def _leave(self, scope: _Scope) -> None:
         with self._scoping:
-            if self._runtime is None:
-                return
-            place = self._scopes.index(scope)
-            del self._scopes[place]
-            if place < len(
-                self._scopes
-            ):  # one that was entered later acts, and goes back to what this one would
-                self._scopes[place].before = scope.before
+            if (
+                self._busy and scope.nested
+            ):  # a signal handler's, whose block is whole within what it interrupted
+                self._take_away(scope)
             else:
-                self._runtime.swap(scope.before)
+                self._left.append(scope)
+                self._leave_all()
+
+    def _leave_all(self) -> None:
+        """Take away what was left; more may be left meanwhile, by the garbage collector."""
+        while self._left and not self._busy:
+            self._busy = True
+            self._take_away(self._left.pop(0))
+            self._busy = False
+
+    def _take_away(self, scope: _Scope) -> None:
+        if self._runtime is None:
+            return
+        place = self._scopes.index(scope)
+        del self._scopes[place]
+        if place < len(self._scopes):  # one that was entered later acts, and goes back to what this one would
+            self._scopes[place].before = scope.before
+            return
+        with suppress(RuntimeNotSupported):  # the model was closed inside of the block
+            self._runtime.swap(scope.before)
 
     @property
     def recipe(self) -> Recipe:
@@ -352,7 +385,8 @@ class Steering:
         """Tokens of llama.cpp's `sequence` from `position` on are its reply, those before what it was given.
 
         None: have it worked out again from the batches, where several tokens of a sequence, or its first,
-        are given, and one more is the reply's. `generate` of a Llama says it by itself.
+        are given, and one more is the reply's. `generate` of a Llama says it by itself. To be said, too, after
+        llama_memory_seq_cp into a sequence that held a reply before.
         """
         self._sequences().tell_reply(position, sequence)
 
@@ -416,11 +450,12 @@ class Steering:
 
     def detach(self) -> None:
         """Leave the model as it was before attaching. Doing it twice does nothing."""
-        with self._scoping:
+        with ATTACHING, self._scoping:
             if self._runtime is not None:
                 self._runtime.release()
                 self._runtime = None
                 self._scopes.clear()
+                self._left.clear()
                 self._forget_watch()
 
     def __enter__(self) -> Steering:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -198,10 +198,12 @@ class Vector:
         """The least and the greatest dose that pass without a DoseWarning; None if it was not calibrated.
 
         They are the ends of what was measured. If only positive doses were, negative ones pass down to -1,
-        and down to -0.5 for an emotion, whose negative side is not a pole of its own.
+        and down to -0.5 for an emotion, whose negative side is not a pole of its own. The result of
+        arithmetic passes where each of its parts does.
         """
         if self.calibrated is None:
-            return None
+            kept = self.meta.get("limits")
+            return (float(kept[0]), float(kept[1])) if _are_limits(kept) else None
         least, greatest = self.calibrated
         unmeasured = -0.5 if self.meta.get("kind") == "emotion" else -1.0
         return least if least < 0 else unmeasured, greatest
@@ -272,6 +274,8 @@ class Vector:
                 meta["bias"] = (self.bias * factor).tolist()
             if "center" in self.meta and factor != 0:
                 meta["center"] = (self.center / factor).ravel().tolist()
+            if self.limits is not None and factor != 0:
+                meta["limits"] = sorted(float(np.float64(limit) / factor) for limit in self.limits)
         return meta
 
     def __add__(self, other: Vector) -> Vector:
@@ -290,6 +294,9 @@ class Vector:
             means[[layers.index(layer) for layer in vector.layers]] += vector._means()
         measured = "center" in self.meta and "center" in other.meta
         meta = _when(self, other) | (_center(rows[:, None], means) if measured else {})
+        if limits := [vector.limits for vector in (self, other) if vector.limits is not None]:
+            least, greatest = max(low for low, _ in limits), min(high for _, high in limits)
+            meta["limits"] = [least, greatest] if least <= greatest else [0.0, 0.0]
         return self._derived(f"{self.name} + {other.name}", layers, rows, meta)
 
     def __sub__(self, other: Vector) -> Vector:
@@ -432,6 +439,10 @@ def _center(spans: Floats, means: npt.NDArray[np.float64]) -> dict[str, MetaValu
 def _read_only(array: Floats) -> Floats:
     array.setflags(write=False)
     return array
+
+
+def _are_limits(value: object) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _is_number(value: object) -> bool:

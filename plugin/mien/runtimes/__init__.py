@@ -54,20 +54,26 @@ def attach(
     set. Raises RuntimeNotSupported if that was attached with other options, if it is no such model, is
     closed, or has no weights. On error the model is as it was.
     """
-    from ..steering import Steering
+    from ..steering import ATTACHING
 
     if path not in ("auto", "in-graph", "post-compute"):
         raise ValueError(f"path: expected auto, in-graph or post-compute, got {path!r}")
     model = unwrap(model)
-    home = _home(model)
     options = {
-        "type": home,
+        "type": _home(model),
         "path": path,
         "mix_cache": mix_cache,
         "layers": layers,
         "tokenizer": tokenizer,
         "registry": registry,
     }
+    with ATTACHING:
+        return _attached(model, options)
+
+
+def _attached(model: Any, options: dict[str, Any]) -> Steering:
+    from ..steering import Steering
+
     if (found := steering_of(model)) is not None:
         if other := [name for name, value in options.items() if found.options.get(name) != value]:
             raise RuntimeNotSupported(
@@ -75,7 +81,7 @@ def attach(
                 "mien.steering_of(model), or mien.detach(model) first"
             )
         return found
-    steering = Steering(_runtime(home, model, path, mix_cache, layers, tokenizer), registry)
+    steering = Steering(_runtime(model, options), options["registry"])
     steering.options = options
     return steering
 
@@ -126,23 +132,16 @@ def _home(model: Any) -> str:
     return next((name for name in _HOMES if name in names), "")
 
 
-def _runtime(
-    home: str,
-    model: Any,
-    path: str,
-    mix_cache: bool,
-    layers: str | Sequence[Any] | None,
-    tokenizer: Any,
-) -> Runtime:
-    match home:
+def _runtime(model: Any, options: dict[str, Any]) -> Runtime:
+    match options["type"]:
         case "llama_cpp.Llama":
             from .llama import LlamaRuntime
 
-            return LlamaRuntime(model, path=path, mix_cache=mix_cache)
+            return LlamaRuntime(model, path=options["path"], mix_cache=options["mix_cache"])
         case "llama_cpp.LlamaContext":
             from .llama import WrapperRuntime
 
-            return WrapperRuntime(model, path=path)
+            return WrapperRuntime(model, path=options["path"])
         case "builtins.int" | "ctypes.c_void_p":
             from .llama_context import PointerRuntime
 
@@ -150,7 +149,7 @@ def _runtime(
         case "transformers.PreTrainedModel":
             from .hf import HFRuntime
 
-            return HFRuntime(model, layers=layers, tokenizer=tokenizer)
+            return HFRuntime(model, layers=options["layers"], tokenizer=options["tokenizer"])
         case "mien.NumpyModel":
             from .fake import NumpyRuntime
 

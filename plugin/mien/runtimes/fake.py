@@ -160,6 +160,7 @@ class NumpyEvaluator:
     def __init__(self, model: NumpyModel) -> None:
         self._model = model
         self._steering = Steering(NumpyRuntime(model))
+        self._steering.warns = False
         self.fingerprint = model.fingerprint
 
     def close(self) -> None:

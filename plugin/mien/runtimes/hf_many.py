@@ -38,6 +38,7 @@ class HFEvaluator:
             raise MienError("expected a model that is not attached: mien.detach(model) first")
         self._model, self._given = model, tokenizer
         self._steering = attach(model, tokenizer=tokenizer)
+        self._steering.warns = False
         self.fingerprint = self._steering.model
         found = find_layers(model)
         self._layers, self._tracker = found.modules, tracker_of(found.owner)

@@ -49,17 +49,18 @@ def probe_path() -> tuple[str, str]:
 def runtime_of(model: Any) -> WrapperRuntime | None:
     """What is attached to a Llama, or to its LlamaContext."""
     found: WrapperRuntime | None = getattr(model, "_mien", None)
-    return found or getattr(getattr(model, "_ctx", None), "_mien", None)
+    found = found or getattr(getattr(model, "_ctx", None), "_mien", None)
+    return found if found is not None and found.context is not None else None
 
 
 class WrapperRuntime(ContextRuntime):
     """Of a `LlamaContext`, whose llama_context is replaced by one with the hook."""
 
     def __init__(self, wrapper: Any, *, path: str = "auto", lora: tuple[Any, float] | None = None) -> None:
-        if isinstance(wrapper, _SteeredContext):
-            raise RuntimeNotSupported("its LlamaContext is attached by itself: mien.detach(llm._ctx) first")
         if wrapper.ctx is None:
             raise RuntimeNotSupported("this model is closed; load it again")
+        if isinstance(wrapper, _SteeredContext):
+            raise RuntimeNotSupported("its LlamaContext is attached by itself: mien.detach(llm._ctx) first")
         require_no_callback(wrapper.params)
         fingerprint = fingerprint_of(wrapper.model.model)
         hook = new_hook(fingerprint, path)
@@ -103,7 +104,11 @@ class WrapperRuntime(ContextRuntime):
         hook does nothing any more.
         """
         wrapper = self._wrapper
-        new = _new_context(wrapper, self._plain)
+        try:
+            new = _new_context(wrapper, self._plain)
+        except RuntimeNotSupported:
+            self._stay()
+            return
         try:
             carry_settings(wrapper.ctx, new, self._lora)
             state = read_state(wrapper.ctx)
@@ -111,12 +116,16 @@ class WrapperRuntime(ContextRuntime):
             write_state(new, state)
         except RuntimeNotSupported:
             api.llama_free(new)
-            wrapper._mien_hook, wrapper.params = self.hook, self._plain
-            return
+            self._stay()
         except BaseException:
             api.llama_free(new)
             raise
-        _put_in(wrapper, new, self._plain)
+        else:
+            _put_in(wrapper, new, self._plain)
+
+    def _stay(self) -> None:
+        """The context is kept, and with it its hook."""
+        self._wrapper._mien_hook, self._wrapper.params = self.hook, self._plain
 
     def forget(self, position: int = 0) -> None:
         """What the context's cache holds from `position` on is not what it was."""
@@ -134,6 +143,7 @@ class LlamaRuntime(WrapperRuntime):
             raise RuntimeNotSupported("this model is closed; load it again")
         self.mix_cache = mix_cache
         self.tags: Tags = [()] * llm.n_tokens
+        self.shifted = 0  # by how many positions its tokens have been moved, in all
         self.outside = 0
         self._prompt_end: int | None = None
         self._llm = llm
@@ -193,6 +203,7 @@ class LlamaRuntime(WrapperRuntime):
 
     def shift(self, by: int, sequence: int) -> None:
         super().shift(by, sequence)
+        self.shifted += by
         if self.prompt_end is not None:
             self.prompt_end += by
 
@@ -216,16 +227,17 @@ class LlamaRuntime(WrapperRuntime):
         self.hook.place(0, reply, len(tags), silent)
         self.hook.begin_anew(0)
 
-    def drop_other_recipes(self) -> None:
+    def drop_other_recipes(self, prompt: Sequence[int] | None = None) -> None:
         """Shorten what the Llama believes to be cached to what this recipe computes of a prompt.
 
-        Raises SteeringNotApplied if that would cut what was not evaluated through the Llama.
+        prompt: the one that comes next; of what is cached it uses what it begins with, by default all. Raises
+        SteeringNotApplied if that would cut what was not evaluated through the Llama.
         """
         self.note_strays()
         if self.mix_cache:
             return
         llm, valid = self._llm, self._valid(self.program.prompt.key)
-        if valid < min(self.outside, llm.n_tokens):
+        if valid < min(self.outside, llm.n_tokens) and self._shared(prompt) > valid:
             raise SteeringNotApplied(
                 f"positions {valid} to {self.outside - 1} were computed under another recipe and not by "
                 "this Llama (a picture?), which can't evaluate them again: call llm.reset() and evaluate the "
@@ -233,12 +245,27 @@ class LlamaRuntime(WrapperRuntime):
             )
         self._cut(valid)
 
+    def _shared(self, prompt: Sequence[int] | None) -> int:
+        """How many tokens `prompt` and what is cached begin with alike."""
+        cached = self._llm.input_ids[: self._llm.n_tokens].tolist()
+        prompt = cached if prompt is None else prompt
+        pairs = enumerate(zip(cached, prompt))
+        return next((i for i, (a, b) in pairs if a != b), min(len(cached), len(prompt)))
+
     def _valid(self, key: Key) -> int:
         """How many of the first positions were computed under it."""
         valid, end = 0, min(self._llm.n_tokens, len(self.tags))
         while valid < end and self.tags[valid] == key:
             valid += 1
         return valid
+
+    def untouched(self) -> int:
+        """How many of the first positions a model without mien may use: those that no recipe acted on. A
+        recurrent memory holds all of them or none."""
+        valid = self._valid(NOTHING.prompt.key)
+        model = self._llm._model.model
+        whole = api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
+        return 0 if whole and valid < self._llm.n_tokens else valid
 
     def _cut(self, valid: int) -> None:
         if valid < self._llm.n_tokens:
@@ -264,7 +291,7 @@ class LlamaRuntime(WrapperRuntime):
         if llm._ctx.ctx is not None:
             # What is cached was computed under recipes that the plain model knows nothing of. It can't be
             # told not to evaluate a picture's positions as text, either.
-            valid = self._valid(NOTHING.prompt.key)
+            valid = self.untouched()
             self._cut(valid if valid >= min(self.outside, llm.n_tokens) else 0)
             llm._requires_eval = True
         llm.__class__ = llm.__class__.__bases__[1]
@@ -290,13 +317,15 @@ class _SteeredContext:
         removed: bool = super().kv_cache_seq_rm(seq_id, p0, p1)  # type: ignore[misc]
         if removed:
             self._mien.forget(max(p0, 0))
-            if p1 < 0 and self._mien.n_sequences == 1:
-                self._mien.hook.rewind(0, max(p0, 0))
+            for sequence in range(self._mien.n_sequences) if p1 < 0 else ():
+                if seq_id in (-1, sequence):
+                    self._mien.hook.rewind(sequence, max(p0, 0))
         return removed
 
     def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
         super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)  # type: ignore[misc]
         self._mien.forget()
+        self._mien.hook.rewind(seq_id_dst, 0)  # what it held before it is not what its next token follows
 
     def kv_cache_seq_keep(self, seq_id: int) -> None:
         super().kv_cache_seq_keep(seq_id)  # type: ignore[misc]
@@ -325,12 +354,13 @@ class _SteeredLlama:
         arguments = inspect.signature(plain).bind(*args, **kwargs).arguments
         kept = 0
         if arguments.get("reset", True):
-            runtime.drop_other_recipes()
+            runtime.drop_other_recipes(arguments["tokens"])
         else:
             kept = self.n_tokens  # type: ignore[attr-defined]
-        end, stream, sent = kept + len(arguments["tokens"]), plain(*args, **kwargs), None
+        end = kept + len(arguments["tokens"]) - runtime.shifted
+        stream, sent = plain(*args, **kwargs), None
         while True:
-            runtime.prompt_end = end
+            runtime.prompt_end = end + runtime.shifted
             try:
                 token = stream.send(sent)
             except StopIteration:
@@ -378,7 +408,7 @@ class _SteeredLlama:
         state.mien_reply, state.mien_outside = runtime.hook.reply(0), min(runtime.outside, state.n_tokens)
         state.mien_silent = runtime.hook.silent(0) and runtime.hook.next(0) == state.n_tokens
         state.mien_n_tokens, state.mien_scores = state.n_tokens, state.scores
-        state.n_tokens = runtime._valid(NOTHING.prompt.key)
+        state.n_tokens = runtime.untouched()
         state.scores = state.scores[: state.n_tokens]
         return state
 
@@ -416,13 +446,13 @@ class _CacheOfRecipe(BaseLlamaCache):
     """
 
     def __init__(self, inner: Any, runtime: LlamaRuntime) -> None:
-        super().__init__(inner.capacity_bytes)
+        super().__init__(getattr(inner, "capacity_bytes", 0))
         self.inner = inner
         self._runtime = runtime
 
     @property
     def cache_size(self) -> int:
-        return int(self.inner.cache_size)
+        return int(getattr(self.inner, "cache_size", 0))
 
     def _key(self, tokens: Sequence[int]) -> tuple[int, ...]:
         key = self._runtime.program.prompt.key

@@ -310,9 +310,9 @@ class ContextRuntime:
         """llama_decode of a llama_batch, or LlamaBatch, steered: its status. Raises SteeringNotApplied."""
         given = getattr(batch, "batch", batch)
         raw, _positions = (given, None) if given.pos else self._with_positions(given)
-        self.begin(raw)
         status = 1
-        try:
+        try:  # also around begin: an interrupt may come as it returns
+            self.begin(raw)
             status = int(api.llama_decode(self.context, given))
         finally:
             done = self.hook.end()

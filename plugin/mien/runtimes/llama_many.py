@@ -50,6 +50,7 @@ class LlamaEvaluator:
             raise MienError("llama.cpp could not make a context: not enough memory?")
         self._runtime = PointerRuntime(self._context)
         self._steering = Steering(self._runtime)
+        self._steering.warns = False
         self.fingerprint = self._runtime.fingerprint
         self._memory = api.llama_get_memory(self._context)
         self._n_batch = int(api.llama_n_batch(self._context))

@@ -9,7 +9,7 @@ thing shows in what a context computes.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp.llama_cpp as api
 import numpy as np
@@ -49,14 +49,27 @@ def write_state(context: Any, state: Any) -> None:
         raise RuntimeNotSupported("llama.cpp could not carry the context's state over")
 
 
+def last_logits(context: Any) -> Floats | None:
+    """Those from which a token would be drawn now, float32 (n_vocab,); None if there are none."""
+    if api.llama_get_logits(context) and (row := api.llama_get_logits_ith(context, -1)):
+        return np.array(np.ctypeslib.as_array(row, shape=(_n_vocab(context),)))
+    return None
+
+
 def require_alike(old: Any, new: Any, state: Any) -> None:
     """Raise RuntimeNotSupported if `old` computes something else than `new`, which is empty and stays so.
 
-    state: that of `old`, which it has again after an error only; otherwise it is to be freed.
+    state: that of `old`. After an error `old` is as it was; otherwise it is to be freed, and `new` has its
+    logits and gives embeddings if it did.
     """
+    logits = last_logits(old)
     try:
-        before, after = _probe(old), _probe(new)
-        if before is not None and after is not None and not _alike(old, before, after):
+        before = _probe(old)
+        after = _probe(new)
+        if before.embeds != after.embeds:
+            api.llama_set_embeddings(new, before.embeds)
+            after = _probe(new)
+        if before.found is not None and after.found is not None and not _alike(before.found, after.found):
             raise RuntimeNotSupported(
                 "this context computes something else than a new one with the same parameters. Something was "
                 "set on it that llama.cpp can't be asked for and that would be lost: LoRA adapters "
@@ -65,10 +78,25 @@ def require_alike(old: Any, new: Any, state: Any) -> None:
             )
     except BaseException:
         write_state(old, state)
+        _put_logits(old, logits)
         raise
+    _put_logits(new, logits)
 
 
-def _alike(context: Any, before: Floats, after: Floats) -> bool:
+def _put_logits(context: Any, logits: Floats | None) -> None:
+    """In the place of those of `_probe`, from which nobody is to draw: NaN if there were none."""
+    if not (first := api.llama_get_logits(context)):
+        return
+    for to in (first, api.llama_get_logits_ith(context, -1)):  # one row, or of embeddings all tokens'
+        if to:
+            np.ctypeslib.as_array(to, shape=(_n_vocab(context),))[:] = np.nan if logits is None else logits
+
+
+def _n_vocab(context: Any) -> int:
+    return int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context))))
+
+
+def _alike(before: Floats, after: Floats) -> bool:
     if np.array_equal(before, after, equal_nan=True):
         return True
     if not api.llama_supports_gpu_offload():
@@ -77,13 +105,20 @@ def _alike(context: Any, before: Floats, after: Floats) -> bool:
     return bool(distance <= _ROUNDING * np.linalg.norm(before.astype(np.float64)))
 
 
-def _probe(context: Any) -> Floats | None:
-    """What it computes of three tokens: logits, or an embedding. None if it can't be said; its memory is
-    empty then."""
+class _Probed(NamedTuple):
+    """found: logits, or else an embedding; None if neither is to be had. embeds: whether embeddings are
+    computed."""
+
+    found: Floats | None
+    embeds: bool
+
+
+def _probe(context: Any) -> _Probed:
+    """What `context` computes of three tokens; its memory is empty then."""
     model, memory = api.llama_get_model(context), api.llama_get_memory(context)
     if memory is None or api.llama_model_has_encoder(model):
-        return None
-    n_vocab = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(model)))
+        return _Probed(None, False)
+    n_vocab = _n_vocab(context)
     count = min(3, int(api.llama_n_ubatch(context)), int(api.llama_n_ctx(context)))
     api.llama_memory_clear(memory, False)
     batch = api.llama_batch_init(count, 0, 1)
@@ -91,16 +126,16 @@ def _probe(context: Any) -> Floats | None:
         batch.n_tokens = count
         for i in range(count):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = i % max(n_vocab, 1), i, 1, 0
-            batch.logits[i] = True
+            batch.logits[i] = i == count - 1  # the last token's tell, since they go by the others
         if api.llama_decode(context, batch) != 0:
-            return None
-        if logits := api.llama_get_logits(context):
-            found = np.ctypeslib.as_array(logits, shape=(count * n_vocab,))
-        elif embedding := api.llama_get_embeddings_seq(context, 0) or api.llama_get_embeddings(context):
-            found = np.ctypeslib.as_array(embedding, shape=(int(api.llama_model_n_embd(model)),))
-        else:
-            return None
-        return np.array(found, dtype=np.float32)
+            return _Probed(None, False)
+        embedding = api.llama_get_embeddings_seq(context, 0) or api.llama_get_embeddings(context)
+        if found := api.llama_get_logits(context):
+            found = np.array(np.ctypeslib.as_array(found, shape=(n_vocab,)), dtype=np.float32)
+        elif embedding:
+            size = int(api.llama_model_n_embd(model))
+            found = np.array(np.ctypeslib.as_array(embedding, shape=(size,)), dtype=np.float32)
+        return _Probed(found if isinstance(found, np.ndarray) else None, bool(embedding))
     finally:
         api.llama_batch_free(batch)
         api.llama_memory_clear(memory, False)
