@@ -2858,6 +2858,129 @@ static void a_decode_is_of_one_program_a_sequence_while_others_are_swapped_in(vo
     CHECK(live_blocks == before);
 }
 
+/* Where a decode of two graphs is read into. Made anew for each decode, so that a write after it was turned off is a
+ * write to freed memory. */
+enum { READ_ROWS = 3, READ_TOKENS = 2 * READ_ROWS };
+
+typedef struct {
+    mien_probe *probe;
+    float before[READ_TOKENS][LAYERS][VECTORS], after[READ_TOKENS][LAYERS][VECTORS];
+    float captured[2][READ_TOKENS][EMBD]; /* of layers 2 and 1 */
+    int64_t counts[LAYERS][EXPERTS];
+} reading;
+
+static const int32_t read_layers[2] = {2, 1};
+
+/* kinds: a bit for what is watched, captured and counted. */
+static reading *read_into(mien_hook *hook, unsigned kinds) {
+    reading *made = malloc(sizeof *made);
+    memset(made, 0, sizeof *made);
+    fill(made->before[0][0], sizeof made->before / sizeof(float), -1.5f);
+    fill(made->after[0][0], sizeof made->after / sizeof(float), -1.5f);
+    fill(made->captured[0][0], sizeof made->captured / sizeof(float), -1.5f);
+    if (kinds & 1) made->probe = new_probe(LAYERS, EMBD);
+    CHECK(mien_hook_watch(hook, made->probe, made->before[0][0], made->after[0][0], READ_TOKENS) == MIEN_OK);
+    mien_hook_capture(hook, kinds & 2 ? made->captured[0][0] : NULL, read_layers, 2, 0, READ_TOKENS);
+    mien_hook_count(hook, kinds & 4 ? made->counts[0] : NULL, EXPERTS, 2, "ffn_moe_argsort");
+    return made;
+}
+
+static void free_reading(reading *made) {
+    if (made) {
+        mien_probe_release(made->probe);
+        memset(made, 0x7f, sizeof *made);
+    }
+    free(made);
+}
+
+/* Of graph i, on whose rows `expected` was done. */
+static bool is_read(const reading *made, unsigned kinds, const graph *g, int i, const hand *expected) {
+    bool right = true;
+    for (int r = 0; r < READ_ROWS; r++) {
+        const int token = i * READ_ROWS + r;
+        for (int32_t layer = 0; layer < LAYERS; layer++) {
+            const float *before = made->before[token][layer], *after = made->after[token][layer];
+            if (kinds & 1)
+                right = right && probe_reads(made->probe, layer, expected->before[layer] + r * EMBD, before) &&
+                        probe_reads(made->probe, layer, expected->after[layer] + r * EMBD, after);
+            else
+                right = right && all_are(before, VECTORS, -1.5f) && all_are(after, VECTORS, -1.5f);
+        }
+        for (int l = 0; l < 2; l++)
+            right = right && (kinds & 2 ? same_bits(made->captured[l][token], g->seen[read_layers[l]] + r * EMBD, EMBD)
+                                        : all_are(made->captured[l][token], EMBD, -1.5f));
+    }
+    return right;
+}
+
+static void *swap_until_done(void *argument) {
+    shared_state *shared = argument;
+    for (size_t i = 0; !shared->done; i++) swap_in(shared->hook, shared->choices[i % CHOICES]);
+    return NULL;
+}
+
+static void what_is_read_is_of_what_acted_while_others_are_swapped_in(void) {
+    const long blocks = live_blocks;
+    for (size_t p = 0; p < LENGTH(both_paths); p++) {
+        const steer plain = new_steer("123"),
+                    windowed = new_steer_like(&(steer){.windowed = true, .start = 1, .stop = 9, .ramp = 3}, "02"),
+                    gated = new_steer_like(&(steer){.gated = true, .latch = true, .above = -1e9f}, "013");
+        mien_hook *hook = new_hook(both_paths[p]);
+        shared_state shared = {hook, {&plain, &windowed, &gated, &nothing}, false};
+        graph *const graphs[] = {new_graph(READ_ROWS, NULL), new_graph(READ_ROWS, NULL)};
+        tokens given;
+        read_tokens(&given, "0@7* 0@8* 0@9* 0@10* 0@11* 0@12*");
+        mien_hook_tell_reply(hook, 0, 6);
+        reading *before = NULL;
+        long met[CHOICES] = {0}, mixed = 0, misread = 0;
+        pthread_t swapper;
+        real_threads = true;
+        CHECK(!pthread_create(&swapper, NULL, swap_until_done, &shared));
+        for (unsigned n = 0; n < EVALUATIONS || (n < PATIENCE && !(met[0] && met[1] && met[2] && met[3])); n++) {
+            const unsigned kinds = n * 5 % 8;
+            reading *made = read_into(hook, kinds);
+            free_reading(before); /* nothing knows of it any more */
+            before = made;
+            int64_t counts[LAYERS][EXPERTS] = {{0}};
+            CHECK(begin(hook, &given) == MIEN_OK);
+            for (int i = 0; i < 2; i++) CHECK(evaluate(graphs[i], hook, 3));
+            CHECK(mien_hook_end(hook) == MIEN_OK);
+            int found = CHOICES;
+            for (int c = 0; c < CHOICES && found == CHOICES; c++) {
+                bool same = true, right = true;
+                for (int i = 0; i < 2 && same; i++) {
+                    acting who[READ_ROWS];
+                    for (int r = 0; r < READ_ROWS; r++) who[r] = (acting){shared.choices[c], 1 + i * READ_ROWS + r, NULL};
+                    hand expected;
+                    long_hand(graphs[i], who, &expected);
+                    for (int layer = 0; layer < LAYERS; layer++)
+                        same = same && same_bits(graphs[i]->seen[layer], expected.after[layer], READ_ROWS * EMBD);
+                    right = right && same && is_read(made, kinds, graphs[i], i, &expected);
+                }
+                if (!same) continue;
+                found = c;
+                met[c]++;
+                misread += !right;
+            }
+            mixed += found == CHOICES;
+            for (int i = 0; i < 2 && kinds & 4; i++) count_long_hand(graphs[i], 2, counts);
+            misread += !!memcmp(counts, made->counts, sizeof counts);
+        }
+        shared.done = true;
+        pthread_join(swapper, NULL);
+        real_threads = false;
+        CHECK(!mixed && !misread);
+        CHECK(met[0] && met[1] && met[2] && met[3]);
+        mien_hook_free(hook);
+        free_reading(before);
+        for (int i = 0; i < 2; i++) free(graphs[i]);
+        mien_program_release(plain.program);
+        mien_program_release(windowed.program);
+        mien_program_release(gated.program);
+    }
+    CHECK(live_blocks == blocks);
+}
+
 int main(void) {
     make_model();
     the_symbols_are_the_ones_that_ggml_has();
@@ -2924,5 +3047,6 @@ int main(void) {
     the_hook_keeps_what_it_was_given_and_lets_go_of_it();
     a_graph_is_of_one_program_while_others_are_swapped_in();
     a_decode_is_of_one_program_a_sequence_while_others_are_swapped_in();
+    what_is_read_is_of_what_acted_while_others_are_swapped_in();
     return verdict();
 }
