@@ -385,7 +385,7 @@ class Steering:
         """Tokens of llama.cpp's `sequence` from `position` on are its reply, those before what it was given.
 
         None: have it worked out again from the batches, where several tokens of a sequence, or its first,
-        are given, and one more is the reply's. `generate` of a Llama says it by itself. To be said, too, after
+        are given, and one more is the reply's. `generate` of a Llama says it by itself. Say it, too, after
         llama_memory_seq_cp into a sequence that held a reply before.
         """
         self._sequences().tell_reply(position, sequence)
