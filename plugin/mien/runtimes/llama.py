@@ -31,7 +31,7 @@ from .llama_context import (
     with_callback,
 )
 from .llama_sites import address_of, locate_sites
-from .llama_state import carry_settings, read_state, require_alike, write_state
+from .llama_state import take_over
 
 # What each position of the KV cache was computed under; None where that is not known.
 Tags: TypeAlias = "list[Key | None]"
@@ -70,12 +70,9 @@ class WrapperRuntime(ContextRuntime):
         try:
             n_sequences = set_batching(hook, new, parameters)
             sites = locate_sites(hook, new, fingerprint.n_layer)
-            carry_settings(wrapper.ctx, new, lora)
-            state = read_state(wrapper.ctx)
-            hook.scout()  # so that nothing of the comparison is noted
-            require_alike(wrapper.ctx, new, state)
+            hook.scout()  # so that nothing of what is compared is noted
+            take_over(wrapper.ctx, new, lora)
             hook.nodes()
-            write_state(new, state)
         except BaseException:
             api.llama_free(new)
             raise
@@ -100,8 +97,8 @@ class WrapperRuntime(ContextRuntime):
     def _put_plain_in(self) -> None:
         """A context without a hook in the place of this one.
 
-        If llama.cpp was told things since that can't be asked for, such as LoRA adapters, this one stays: its
-        hook does nothing any more.
+        If llama.cpp was told things since that can't be asked for, such as LoRA adapters, or has no memory
+        for another context, this one stays: its hook does nothing any more.
         """
         wrapper = self._wrapper
         try:
@@ -110,10 +107,7 @@ class WrapperRuntime(ContextRuntime):
             self._stay()
             return
         try:
-            carry_settings(wrapper.ctx, new, self._lora)
-            state = read_state(wrapper.ctx)
-            require_alike(wrapper.ctx, new, state)
-            write_state(new, state)
+            take_over(wrapper.ctx, new, self._lora)
         except RuntimeNotSupported:
             api.llama_free(new)
             self._stay()

@@ -22,16 +22,30 @@ from ..vector import Floats
 _ROUNDING = 1e-2
 
 
-def carry_settings(old: Any, new: Any, lora: tuple[Any, float] | None) -> None:
-    """Give `new` the threads of `old`, and the adapter and scale `lora`. Raises RuntimeNotSupported."""
+def take_over(old: Any, new: Any, lora: tuple[Any, float] | None) -> None:
+    """Put `new`, which is empty, into the state of `old`: memory, threads, the adapter and scale `lora`, the
+    logits that the next token is drawn from, and whether it gives embeddings.
+
+    Raises RuntimeNotSupported if that can't be done, or if `old` computes something else than `new`; `old` is
+    then as it was. Otherwise its memory is gone.
+    """
     api.llama_set_n_threads(new, api.llama_n_threads(old), api.llama_n_threads_batch(old))
     if lora is not None:
         adapters = (api.llama_adapter_lora_p_ctypes * 1)(lora[0])
         if api.llama_set_adapters_lora(new, adapters, 1, (ctypes.c_float * 1)(lora[1])):
             raise RuntimeNotSupported("llama.cpp could not apply the model's LoRA again")
+    state, logits = _read_state(old), _last_logits(old)
+    try:
+        _require_alike(old, new)
+        _write_state(new, state)
+    except BaseException:
+        _write_state(old, state)
+        _put_logits(old, logits)
+        raise
+    _put_logits(new, logits)
 
 
-def read_state(context: Any) -> Any:
+def _read_state(context: Any) -> Any:
     """What its memory holds, as an array of bytes; None if it is empty."""
     memory = api.llama_get_memory(context)
     sequences = range(api.llama_n_seq_max(context))
@@ -43,44 +57,32 @@ def read_state(context: Any) -> Any:
     return (ctypes.c_uint8 * written).from_buffer(state)
 
 
-def write_state(context: Any, state: Any) -> None:
-    """What `read_state` gave. Raises RuntimeNotSupported."""
+def _write_state(context: Any, state: Any) -> None:
+    """What `_read_state` gave. Raises RuntimeNotSupported."""
     if state is not None and api.llama_state_set_data(context, state, len(state)) != len(state):
         raise RuntimeNotSupported("llama.cpp could not carry the context's state over")
 
 
-def last_logits(context: Any) -> Floats | None:
+def _last_logits(context: Any) -> Floats | None:
     """Those from which a token would be drawn now, float32 (n_vocab,); None if there are none."""
     if api.llama_get_logits(context) and (row := api.llama_get_logits_ith(context, -1)):
         return np.array(np.ctypeslib.as_array(row, shape=(_n_vocab(context),)))
     return None
 
 
-def require_alike(old: Any, new: Any, state: Any) -> None:
-    """Raise RuntimeNotSupported if `old` computes something else than `new`, which is empty and stays so.
-
-    state: that of `old`. After an error `old` is as it was; otherwise it is to be freed, and `new` has its
-    logits and gives embeddings if it did.
-    """
-    logits = last_logits(old)
-    try:
-        before = _probe(old)
+def _require_alike(old: Any, new: Any) -> None:
+    """Raise RuntimeNotSupported if they don't compute the same. Both are empty then."""
+    before, after = _probe(old), _probe(new)
+    if before.embeds != after.embeds:
+        api.llama_set_embeddings(new, before.embeds)
         after = _probe(new)
-        if before.embeds != after.embeds:
-            api.llama_set_embeddings(new, before.embeds)
-            after = _probe(new)
-        if before.found is not None and after.found is not None and not _alike(before.found, after.found):
-            raise RuntimeNotSupported(
-                "this context computes something else than a new one with the same parameters. Something was "
-                "set on it that llama.cpp can't be asked for and that would be lost: LoRA adapters "
-                "(llama_set_adapters_lora), a control vector (llama_set_adapter_cvec) or "
-                "llama_set_causal_attn. Attach first, and set it afterwards"
-            )
-    except BaseException:
-        write_state(old, state)
-        _put_logits(old, logits)
-        raise
-    _put_logits(new, logits)
+    if before.found is not None and after.found is not None and not _alike(before.found, after.found):
+        raise RuntimeNotSupported(
+            "this context computes something else than a new one with the same parameters. Something was "
+            "set on it that llama.cpp can't be asked for and that would be lost: LoRA adapters "
+            "(llama_set_adapters_lora), a control vector (llama_set_adapter_cvec) or "
+            "llama_set_causal_attn. Attach first, and set it afterwards"
+        )
 
 
 def _put_logits(context: Any, logits: Floats | None) -> None:
