@@ -436,7 +436,7 @@ def test_extract_makes_a_vector_that_run_takes(tmp_path: Path, monkeypatch: pyte
     assert made[0]["layers"] == list(range(10, 21))
     assert made[0]["meta"]["samples"] == [2, 2]
     first = (tmp_path / "warm.gguf").read_bytes()
-    invoke("extract", "warm", *arguments)
+    invoke("extract", "warm", *arguments, "--force")
     assert (tmp_path / "warm.gguf").read_bytes() == first  # the same bytes on the same machine
     invoke("pack", "build", ".", "--name", "mine", "--version", "1", "--licence", "MIT")
     invoke("pack", "install", ".")

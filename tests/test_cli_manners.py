@@ -365,7 +365,7 @@ def test_half_of_the_processors_run_a_model(model: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("command", ["verify", "export", "report"])
 def test_a_pack_is_a_name_a_folder_or_a_zip(odd: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     archive = invoke("pack", "export", "mine", "-o", "mine.zip").stdout.strip()
-    options = [] if command == "verify" else ["-o", "out"]
+    options = {"verify": [], "export": ["-o", "out", "--force"], "report": ["-o", "out"]}[command]
     monkeypatch.setenv("MIEN_PATH", str(odd / "mine"))
     for name in ("mine", "./mine", str(odd / "mine"), archive):
         found = invoke("pack", command, name, *options, "--json")

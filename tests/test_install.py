@@ -77,11 +77,11 @@ def test_installed_files_can_be_read_by_others(folder: Path, home: Path) -> None
 def test_install_over_an_installed_pack_needs_force(folder: Path, home: Path, tmp_path: Path) -> None:
     install(folder)
     before = contents(home)
-    with pytest.raises(PackError, match=r"tiny 1\.0 is already installed in .*tiny\. Use force"):
+    with pytest.raises(PackError, match=r"tiny 1\.0 is already installed in .*tiny\. Use --force"):
         install(folder)
     make_pack(tmp_path / "next", vectors=["joy"], version="2.0", value=3.0)
     with pytest.raises(
-        PackError, match=r"tiny 1\.0 is installed in .*, and this is version 2\.0\. Use force"
+        PackError, match=r"tiny 1\.0 is installed in .*, and this is version 2\.0\. Use --force"
     ):
         install(tmp_path / "next")
     assert contents(home) == before
@@ -488,7 +488,7 @@ def test_export_refuses_a_pack_that_is_not_as_its_manifest_says(folder: Path, tm
     pack.load("joy")
     make_vector("joy", value=2.0).save(folder / "joy.gguf")
     with pytest.raises(PackError, match=r"joy\.gguf: expected SHA-256"):
-        export(pack, target)
+        export(pack, target, force=True)
     assert target.read_bytes() == b"older"
 
 
@@ -511,5 +511,5 @@ def test_export_leaves_an_older_file_when_writing_fails(
     before = contents(tmp_path / "out")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(PackError, match=r"tiny\.zip: can't be written \(No space left"):
-        export(Pack.read(folder), target)
+        export(Pack.read(folder), target, force=True)
     assert contents(tmp_path / "out") == before

@@ -1024,7 +1024,7 @@ def test_a_pack_is_exported_as_a_file_a_vector(pack: Pack, format: str, tmp_path
 def test_an_export_is_replaced_by_force_and_only_an_export(pack: Pack, tmp_path: Path) -> None:
     target = exporting.export(pack, tmp_path / "out", "npz")
     (target / "joy.npz").write_bytes(b"old")
-    with pytest.raises(PackError, match=r"it is there already\. Use force"):
+    with pytest.raises(PackError, match=r"it already exists\. Use --force"):
         exporting.export(pack, target, "npz")
     assert (target / "joy.npz").read_bytes() == b"old"
     exporting.export(pack, target, "npz", force=True)
@@ -1148,7 +1148,7 @@ def test_import_keeps_the_last_row_when_asked(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["happy.gguf"], 2, ["happy.gguf is there already", "--force"]),
+        (["happy.gguf"], 2, ["happy.gguf already exists", "--force"]),
         (["happy.gguf", "rows.npz", "--name", "x"], 2, ["--name goes with one FILE"]),
         (["happy.gguf", "--name", "x-y"], 2, ["can't be written in a recipe"]),
         (["happy.gguf", "sub/happy.gguf", "-o", "out"], 2, ["both become out/happy.gguf"]),
@@ -1200,7 +1200,7 @@ def test_pack_export_writes_for_other_programs(here: Path) -> None:
     assert read(here / "tiny-repeng" / "joy.gguf").format == "mien"
     again = invoke("pack", "export", "source", "--format", "repeng")
     assert again.exit_code == 4
-    assert "tiny-repeng: it is there already" in again.stderr
+    assert "tiny-repeng: it already exists" in again.stderr
     data = json.loads(invoke("pack", "export", "source", "--format", "repeng", "--force", "--json").stdout)
     assert data == {
         "name": "tiny",

@@ -13,7 +13,7 @@ import numpy as np
 
 from .architectures import gguf_architecture, transformers_model_type
 from .errors import MissingExtra, PackError, VectorError
-from .install import move_into_place
+from .install import move_into_place, require_new
 from .pack import Pack, write_whole
 from .vector import Floats, Vector
 from .vectorfile import why_own
@@ -64,14 +64,15 @@ def export(pack: Pack, target: str | Path, format: str, force: bool = False) -> 
 
     force: replace such a folder of an earlier export.
 
-    Raises what `Pack.load` and `write` raise, and PackError where `target` is there already, holds other
+    Raises what `Pack.load` and `write` raise, and PackError where `target` already exists, holds other
     things than an export, or can't be written. On error it is as it was, and nothing is left behind.
     """
     target = Path(target)
     pack = Pack.read(pack.path)  # the manifest as it is now is the one that counts
     vectors = [pack.load(name) for name in pack.entries]
+    require_new(target, force)
     if os.path.lexists(target):
-        _require_replaceable(target, SUFFIXES[format], force)
+        _require_export(target, SUFFIXES[format])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # On the file system of the target, so that moving it there is one rename.
@@ -186,10 +187,8 @@ _ENCODERS: dict[str, Callable[[Vector], bytes]] = {
 }
 
 
-def _require_replaceable(target: Path, suffix: str, force: bool) -> None:
+def _require_export(target: Path, suffix: str) -> None:
     """Raises PackError unless `target` is a folder with nothing but files of such an export in it."""
-    if not force:
-        raise PackError(f"{target}: it is there already. Use force to replace it.")
     if target.is_symlink() or not target.is_dir():
         raise PackError(f"{target}: expected a folder of an earlier export, got something else")
     other = next((path.name for path in sorted(target.iterdir()) if path.suffix != suffix), None)

@@ -30,6 +30,8 @@ from .registry import user_packs
 MAX_ENTRIES = 256
 MAX_BYTES = 512 << 20  # of all files together, unpacked
 
+FORCE = "Use --force, in Python force=True, to replace it."
+
 _CHUNK = 1 << 16
 _DRIVE = re.compile(r"[A-Za-z]:")
 # General purpose flags: encrypted, strongly encrypted, encrypted directory.
@@ -90,17 +92,18 @@ def remove(name: str) -> Path:
     return target
 
 
-def export(pack: Pack, target: str | Path) -> Path:
+def export(pack: Pack, target: str | Path, force: bool = False) -> Path:
     """Write the pack as a zip, `install` takes it; the same pack gives the same bytes. Gives `target`.
 
-    Packed are the manifest, the files that it names, README.md and LICENSE*, in a folder named as the
-    pack. Entries are stored, not deflated: floats hardly shrink, and deflated bytes differ between
-    versions of zlib.
+    force: replace an existing file. Packed are the manifest, the files that it names, README.md and
+    LICENSE*, in a folder named as the pack. Entries are stored, not deflated: floats hardly shrink, and
+    deflated bytes differ between versions of zlib.
 
-    Raises what `Pack.load` raises for a vector that is not as the manifest says, and PackError where
-    `target` can't be written. On error a file already there is as it was.
+    Raises what `Pack.load` raises for a vector that is not as the manifest says, and PackError if
+    `target` exists without `force` or can't be written. On error an existing file is as it was.
     """
     target = Path(target)
+    require_new(target, force)
     pack = Pack.read(pack.path)  # the manifest as it is now is the one that travels
     for name in pack.entries:
         pack.load(name)
@@ -173,13 +176,16 @@ def _already_installed(pack: Pack, target: Path) -> str:
     try:
         there = Pack.read(target).version
     except PackError:
-        return f"{target}: there is something that is no readable pack. Use force to replace it."
+        return f"{target}: there is something that is no readable pack. {FORCE}"
     if there == pack.version:
-        return f"{pack.name} {there} is already installed in {target}. Use force to replace it."
-    return (
-        f"{pack.name} {there} is installed in {target}, and this is version {pack.version}. "
-        f"Use force to replace it."
-    )
+        return f"{pack.name} {there} is already installed in {target}. {FORCE}"
+    return f"{pack.name} {there} is installed in {target}, and this is version {pack.version}. {FORCE}"
+
+
+def require_new(target: Path, force: bool) -> None:
+    """Raises PackError if there is something at `target`, unless it is to be replaced."""
+    if not force and os.path.lexists(target):
+        raise PackError(f"{target}: it already exists. {FORCE}")
 
 
 def move_into_place(new: Path, target: Path, aside: Path) -> None:

@@ -34,7 +34,6 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import MienError, ModelMismatch, NameNotFound, PackError
 from .fingerprint import Fingerprint
+from .wholefile import replacing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -128,6 +128,8 @@ class Pack:
         and the manifest that it may already hold, are as they were.
         """
         folder = Path(folder)
+        if os.path.lexists(folder / MANIFEST):
+            require_regular(folder / MANIFEST)  # which is what `read` asks for
         vectors: dict[Path, Vector] = {}
         digests: dict[Path, str] = {}
         for path in _gguf_files(folder):
@@ -267,19 +269,11 @@ def require_regular(path: Path) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that the file holds either what it held or all of it.
 
-    Raises PackError where it can't be written.
+    Raises PackError if it can't be written, or exists and is not a regular file.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with open(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise PackError(f"{path}: can't be written ({error.strerror})") from error
 

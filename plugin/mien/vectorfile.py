@@ -28,8 +28,6 @@ refuses:
 
 from __future__ import annotations
 
-import os
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +38,7 @@ from .errors import VectorError, VectorFileError
 from .fingerprint import Fingerprint
 from .vector import MetaValue, Vector
 from .vectorrows import control_rows, own_rows, tensors
+from .wholefile import replacing
 
 if TYPE_CHECKING:
     import gguf
@@ -129,22 +128,17 @@ def load(path: str | Path) -> Vector:
 def write(vector: Vector, path: str | Path) -> None:
     """Write `vector` to `path`, as a control vector where it is one: the same vector gives the same bytes.
 
-    Raises VectorError where the model's architecture is not known, VectorFileError where the file can't
-    be written. On error a file already there is as it was.
+    Raises VectorError where the model's architecture is not known, VectorFileError if the file can't
+    be written, or exists and is not a regular file. On error a file already there is as it was.
     """
     import gguf
 
     if not vector.model_hint:
         raise VectorError(f"{vector.name}: the model's architecture is not known, and the format needs it")
     path = Path(path)
+    kind = CONTROL if vector.is_control_vector else OWN
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise VectorFileError(path, f"can't be written ({error.strerror})") from error
-    os.close(handle)
-    try:
-        with closing(gguf.GGUFWriter(temporary, CONTROL if vector.is_control_vector else OWN)) as writer:
+        with replacing(path) as temporary, closing(gguf.GGUFWriter(temporary, kind)) as writer:
             if vector.is_control_vector:
                 writer.add_string("controlvector.model_hint", vector.model_hint)
                 writer.add_uint32("controlvector.layer_count", len(vector.layers))
@@ -155,13 +149,8 @@ def write(vector: Vector, path: str | Path) -> None:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise VectorFileError(path, f"can't be written ({error.strerror})") from error
-        raise
+    except OSError as error:
+        raise VectorFileError(path, f"can't be written ({error.strerror})") from error
 
 
 def why_own(vector: Vector) -> str:

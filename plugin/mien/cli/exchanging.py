@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import Number, json_option, print_json
+from .options import Number, json_option, print_json, require_new
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
@@ -83,8 +83,7 @@ def import_(
             raise click.UsageError(
                 f"{found[target][0]} and {path} both become {target}: import one, by --name"
             )
-        if target.exists() and not force:
-            raise click.UsageError(f"{target} is there already: give --out, --name or --force")
+        require_new(target, force, "--out, --name")
         found[target] = path, imported
     report = []
     for target, (path, imported) in found.items():

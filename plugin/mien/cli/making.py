@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Number, json_option, model_option, print_json, threads_option
+from .options import Number, json_option, model_option, print_json, require_new, threads_option
 from .progress import noticed, stages
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")  # no model has more bloc
 @click.option("--kind", type=click.Choice(["emotion", "trait"]), default="trait", show_default=True)
 @click.option("--licence", default="", help="SPDX identifier to record.")
 @click.option("--out", "-o", type=file, default=Path("."), help="Folder for NAME.gguf. Default: here.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @model_option
 @threads_option
 @json_option
@@ -72,6 +73,7 @@ def extract(
     kind: str,
     licence: str,
     out: Path,
+    force: bool,
     model: str | None,
     threads: int | None,
     as_json: bool,
@@ -96,6 +98,7 @@ def extract(
     for name in names:
         if not name.isidentifier():
             raise click.UsageError(f"{name!r} can't be written in a recipe: letters, digits and _ only")
+    targets = {name: require_new(out / f"{name}.gguf", force, "--out, another NAME") for name in names}
     from .. import contrast
     from ..extraction import extract as extract_pair
     from ..extraction import extract_group
@@ -146,7 +149,7 @@ def extract(
             vectors = {name: _scaled(vector, scale) for name, vector in vectors.items()}
     report = []
     for name, vector in vectors.items():
-        target = out / f"{name}.gguf"
+        target = targets[name]
         vector.save(target)
         report.append(
             {"name": name, "file": str(target), "layers": list(vector.layers), "meta": dict(vector.meta)}
@@ -396,7 +399,7 @@ def remove(name: str, as_json: bool) -> None:
     help="A zip for mien, or a folder with a file for each vector.",
 )
 @click.option("--out", "-o", type=file, help="Default: NAME-VERSION.zip here, or the folder NAME-FORMAT.")
-@click.option("--force", is_flag=True, help="Replace the folder of an earlier export.")
+@click.option("--force", is_flag=True, help="Replace an existing zip, or the folder of an earlier export.")
 @json_option
 def export(name: str, format: str, out: Path | None, force: bool, as_json: bool) -> None:
     """Write a pack as a zip that `mien pack install` takes, or for other programs.
@@ -407,7 +410,7 @@ def export(name: str, format: str, out: Path | None, force: bool, as_json: bool)
 
     with _pack(name) as found:
         if format == "zip":
-            target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"))
+            target = export_pack(found, out or Path(f"{found.name}-{found.version}.zip"), force=force)
         else:
             from ..exporting import export as export_folder
 

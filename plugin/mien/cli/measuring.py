@@ -40,10 +40,11 @@ def bench(model: str | None, threads: int | None, rounds: int, out: Path | None,
     from ..pack import write_whole
     from ..threads import default_threads
     from ..timing import head, line
+    from ..wholefile import replaceable
 
     path, threads = find_model(model), threads or default_threads()
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
+        replaceable(out).parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
     rows: list[Row] = []
     live = _Live()
 

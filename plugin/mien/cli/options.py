@@ -6,9 +6,12 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
+
+from ..wholefile import replaceable
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
@@ -65,6 +68,17 @@ def characters(text: str) -> str:
     except UnicodeEncodeError:
         return os.fsencode(text).decode()
     return text
+
+
+def require_new(target: Path, force: bool, other: str) -> Path:
+    """`target`, once it is known that it may be written: before minutes of work, not after.
+
+    other: the options that would give another target. Raises UsageError if it exists, unless `force`, and
+    OSError if it can't be replaced.
+    """
+    if replaceable(target).exists() and not force:
+        raise click.UsageError(f"{target} already exists: give {other} or --force")
+    return target
 
 
 def print_json(data: Any) -> None:
