@@ -43,7 +43,8 @@ def odd(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:-1000])
     (tmp_path / "short.gguf").write_bytes(b"GGUF\x03")
-    make_pack(tmp_path / "mine", fingerprint_of(model))
+    for name in ("mine", "mine-1", "my-mine", "4mine"):
+        make_pack(tmp_path / name, fingerprint_of(model))
     return tmp_path
 
 
@@ -93,6 +94,14 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
         ("run Hi --model MODEL --steer ablate(1e38*glad)", 2, "NaN or infinity"),
         ("run Hi --model MODEL --steer edit(glad)", 2, "no probe"),
         ("run Hi --max-tokens 0", 2, "--max-tokens"),
+        ("run Hi --model MODEL --compare", 2, "--steer"),
+        ("run Hi --model MODEL --steer abblate(glad)", 2, "Did you mean ablate?"),
+        ("run Hi --model MODEL --steer clmp(glad,1.0)", 2, "Did you mean clamp?"),
+        ("run Hi --model MODEL --steer gatee(glad,on=glad,above=1)", 2, "Did you mean gate?"),
+        ("run Hi --model MODEL --steer mine-1.glad", 2, "Did you mean mine_1.glad?"),
+        ("run Hi --model MODEL --steer my-mine.glad", 2, "Did you mean my_mine.glad?"),
+        ("run Hi --model MODEL --steer 0.5*my-mine.glad-my.2nd.glad", 2, "my_"),
+        ("run Hi --model MODEL --steer 4mine.glad", 2, "Did you mean _4mine.glad?"),
         ("run Hi --max-tokens many", 2, "--max-tokens"),
         ("run Hi --temperature nan", 2, "--temperature"),
         ("run Hi --temperature inf", 2, "--temperature"),
@@ -136,7 +145,7 @@ def test_exit_codes_are_those_of_the_readme(
     odd: Path, model: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, code: int, words: str
 ) -> None:
     (odd / "a.txt").write_text("another text\n")
-    monkeypatch.setenv("MIEN_PATH", str(odd / "mine"))
+    monkeypatch.setenv("MIEN_PATH", str(odd))
     before = sorted(odd.rglob("*"))
     found = invoke(*(str(model) if word == "MODEL" else word for word in arguments.split()))
     assert found.exit_code == code, found.stderr
@@ -257,10 +266,10 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="shells of Windows can't close a stream")
 @pytest.mark.parametrize(
-    ("closed", "arguments"),
-    [("<&-", "run - --max-tokens 2"), ("<&-", "chat"), (">&-", "list"), ("2>&-", "list")],
+    ("closed", "arguments", "code"),
+    [("<&-", "run - --max-tokens 2", 2), ("<&-", "chat", 0), (">&-", "list", 0), ("2>&-", "list", 0)],
 )
-def test_a_closed_stream_is_an_empty_one(model: Path, closed: str, arguments: str) -> None:
+def test_a_closed_stream_is_an_empty_one(model: Path, closed: str, arguments: str, code: int) -> None:
     found = subprocess.run(
         f"{sys.executable} -m mien {arguments} {closed}",
         shell=True,
@@ -268,7 +277,8 @@ def test_a_closed_stream_is_an_empty_one(model: Path, closed: str, arguments: st
         check=False,
         env={**os.environ, "MIEN_MODEL": str(model)},
     )
-    assert found.returncode == 0, found.stderr
+    assert found.returncode == code, found.stderr
+    assert b"Traceback" not in found.stderr
 
 
 # ---- contexts ----
@@ -461,3 +471,65 @@ def test_a_measurement_that_is_stopped_gives_what_there_is(
     lines = invoke("bench", "--model", str(model), "--rounds", "10").stdout.splitlines()
     assert len(lines) == 1 + 5
     assert all(line.startswith("decode, ") for line in lines[1:])
+
+
+# ---- vector files ----
+
+
+@pytest.fixture
+def file(odd: Path, model: Path) -> Path:
+    """`glad` in a file of another name; it was not calibrated."""
+    return (odd / "mine" / "glad.gguf").rename(odd / "x.gguf")
+
+
+def notes(found: Result) -> list[str]:
+    assert found.exit_code == 0, found.stderr
+    return [line for line in found.stderr.splitlines() if line.startswith("note: ")]
+
+
+@pytest.mark.parametrize("command", ["run Hi", "chat"])
+def test_a_files_name_in_place_of_the_vectors_is_told(file: Path, model: Path, command: str) -> None:
+    arguments = [*command.split(), "--model", str(model), "--max-tokens", "2", "--vector", "x.gguf"]
+    found = invoke(*arguments, "--steer", "0.1*x", stdin="")
+    assert found.exit_code == 3
+    assert "x.gguf holds the vector 'glad': write glad, or --vector x=x.gguf" in found.stderr
+    assert "--vector x.gguf, or" not in found.stderr
+    arguments[-1] = "x=x.gguf"
+    assert invoke(*arguments, "--steer", "0.1*x", stdin="").exit_code == 0
+
+
+def test_a_chat_tells_it_too(file: Path, model: Path) -> None:
+    found = invoke("chat", "--model", str(model), "--vector", "x.gguf", stdin="/steer x\n/steer glad\n")
+    assert "x.gguf holds the vector 'glad'" in found.stderr
+    assert "steering: glad" in found.stderr
+
+
+def test_a_watched_file_is_named_as_a_steering_one(file: Path, model: Path) -> None:
+    arguments = ["run", "Hi", "--model", str(model), "--max-tokens", "2", "--vector", "x.gguf"]
+    assert invoke(*arguments, "--watch", "x").exit_code == 3
+    assert notes(invoke(*arguments, "--watch", "glad")) == []
+
+
+def test_a_file_that_steers_nothing_is_told(file: Path, model: Path) -> None:
+    arguments = ["run", "Hi", "--model", str(model), "--max-tokens", "2"]
+    (line,) = notes(invoke(*arguments, "--vector", "x.gguf"))
+    assert "x.gguf" in line
+    assert "--steer glad" in line
+    (line, *_) = notes(invoke(*arguments, "--vector", "x.gguf", "--vector", "y=x.gguf", "--steer", "0.1*y"))
+    assert "--steer glad" in line
+
+
+def test_a_vector_without_a_measured_dose_is_told(odd: Path, file: Path, model: Path) -> None:
+    arguments = ["run", "Hi", "--model", str(model), "--max-tokens", "2", "--vector", "x.gguf"]
+    (line,) = notes(invoke(*arguments, "--steer", "0.1*glad"))
+    assert "not calibrated" in line
+    assert "0.1*glad" in line
+    assert notes(invoke(*arguments, "--steer", "ablate(glad)")) == []  # it has no dose
+    from mien.vectorfile import load
+
+    vector = load("x.gguf")
+    dosed = Vector(
+        "glad", vector.layers, vector.rows, vector.fingerprint, meta={"calibration.dose": [0.0, 1.0]}
+    )
+    dosed.save("x.gguf")
+    assert notes(invoke(*arguments, "--steer", "glad")) == []

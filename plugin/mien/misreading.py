@@ -303,6 +303,9 @@ class _Scan:
             suggestion = f"{before.shown}/{after.shown}"
         else:
             suggestion = _dose(before, after)
+        if sign in ("^", "**"):
+            problem = f"a vector has no powers, so {sign} has no meaning in a recipe; * is a dose"
+            return _Mistake(problem, token.start, suggestion)
         problem = f"{token.shown} has no meaning in a recipe; it has numbers, vectors' names, + - * / ( )"
         return _Mistake(problem, token.start, suggestion)
 

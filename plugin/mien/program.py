@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from .engine import CompiledProgram
-from .errors import DoseWarning, ModelMismatch, RecipeError, VectorError
+from .errors import DoseWarning, ModelMismatch, NameNotFound, RecipeError, VectorError
 from .fingerprint import Fingerprint
 from .models import how_to_make_vectors
 from .recipe import DEFAULT_MARGIN, Gate, Mix, Pure, Recipe, Source, Term, counts_reply, require_sound
+from .registry import pack_in_place_of_a_namespace
 from .vector import Vector, purified, stacked
 
 # Which floats a part changes, and how: (what, coefficient) pairs in order, `what` being a vector's digest
@@ -211,6 +212,8 @@ def compile_recipe(
         for start in sorted(edges):
             active = [(term, dose) for term, dose in terms if _holds(term.turn, start)]
             turns.append((start, _program(recipe, active, model, sites)))
+    except NameNotFound as error:  # my-pack.joy is read as my - pack.joy
+        raise pack_in_place_of_a_namespace(str(recipe).replace(" ", "")) or error from None
     except VectorError as error:
         error.exit_code = RecipeError.exit_code  # the vectors are sound: it is what the recipe asks of them
         raise

@@ -39,14 +39,16 @@ import ast
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .errors import RecipeError
 from .misreading import file_in_place_of_a_name, misread, plain
+from .registry import pack_in_place_of_a_namespace
 
 if TYPE_CHECKING:
     from .vector import Vector
@@ -200,6 +202,24 @@ def _sum(terms: Iterable[tuple[float, str]]) -> str:
     return text[2:] if text.startswith("+ ") else text.replace("- ", "-", 1)
 
 
+def names_in(recipe: Recipe, gates: bool = True) -> set[str]:
+    """The names of vectors that `recipe` holds; gates: also those that its gates read."""
+
+    def of(source: Source) -> Iterator[str]:
+        if isinstance(source, str):
+            yield source
+        elif isinstance(source, Pure):
+            for other in (source.vector, *source.without):
+                yield from of(other)
+        elif isinstance(source, Mix):
+            for _, part in source.parts:
+                yield from of(part)
+
+    sources = [term.vector for term in recipe.terms]
+    sources += [gate.on for term in recipe.terms for gate in term.gates if gates]
+    return {name for source in sources for name in of(source)}
+
+
 def require_sound(term: Term) -> None:
     """Raise RecipeError if a term has no meaning. A parsed one can have none: 3*ablate(x)."""
     if term.when not in ("", *WINDOWS):
@@ -292,7 +312,10 @@ def parse(text: str) -> Recipe:
         raise RecipeError("comments have no place in a recipe", text, text.index("#"))
     if ".gguf" in text and (error := file_in_place_of_a_name(text)):
         raise error
-    value = _Reader(text).value(_tree(text), 0)
+    try:
+        value = _Reader(text).value(_tree(text), 0)
+    except RecipeError as error:
+        raise pack_in_place_of_a_namespace(text) or error from None
     if isinstance(value, float):
         if value == 0:
             return Recipe()
@@ -428,7 +451,9 @@ class _Reader:
         if len(doses) > 1 or any(not isinstance(dose, float) for dose in doses):
             known = f"; operators are {', '.join(_CALLS)}" if node.args else ""
             problem = f"a call takes one number, the dose, and keywords{known}"
-            raise misread(self.text) or self.error(problem, node)
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            meant = get_close_matches(name, _CALLS, n=1, cutoff=0.75) or [""]
+            raise misread(self.text) or self.error(problem, node, meant[0])
         for dose in doses:
             self.scaled(value, dose, node)  # type: ignore[arg-type]  # floats, as checked; in place
         return self.windowed(value, node.keywords, depth)
@@ -651,12 +676,12 @@ class _Reader:
             raise self.error("a coefficient is not finite", node)
         return number
 
-    def error(self, problem: str, node: ast.expr) -> RecipeError:
+    def error(self, problem: str, node: ast.expr, suggestion: str = "") -> RecipeError:
         # ast counts bytes of the line without its indent
         indent = len(self.text) - len(self.text.lstrip())
         line = plain(self.text[indent:])
         before = line.encode(errors="replace")[: node.col_offset].decode(errors="ignore")
-        return RecipeError(problem, self.text, indent + len(before))
+        return RecipeError(problem, self.text, indent + len(before), suggestion)
 
 
 _CALLS = {

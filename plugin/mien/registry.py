@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import MienError, ModelMismatch, NameNotFound, PackError
+from .errors import MienError, ModelMismatch, NameNotFound, PackError, RecipeError
 from .fingerprint import Fingerprint
 from .models import how_to_make_vectors
 from .pack import MANIFEST, Entry, Pack
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .vector import Vector
 
 ENTRY_POINTS = "mien.packs"
+_LIKE_A_PACK = re.compile(r"[.-][a-z0-9._-]*\.[^\W\d]|(?<![\w.])[0-9]\w*[^\W\d]\.[^\W\d]")  # and a vector
 
 
 class Problem(NamedTuple):
@@ -166,6 +167,11 @@ class Registry:
     def _hint(self, packs: list[Pack], model: Fingerprint | None = None, name: str = "") -> str:
         """What explains that `name` is in none of `packs`, and where it may be."""
         hints = []
+        if pack := next((pack for pack in self.packs() if name in (pack.name, pack.namespace)), None):
+            hints.append(
+                f"It is a pack: `mien list --model {pack.name}` lists its vectors, `mien info "
+                f"{pack.namespace}.NAME` shows one, `mien pack verify {pack.name}` checks all."
+            )
         if name.isidentifier() and Path(f"{name}.gguf").is_file():
             hints.append(
                 f"There is a file {name}.gguf in this folder: use it with --vector {name}.gguf, or "
@@ -178,6 +184,18 @@ class Registry:
             paths = ", ".join(str(problem.path) for problem in self.problems[:3])
             hints.append(f"What could not be read: {paths}; `mien list` says why.")
         return " ".join(hints)
+
+
+def pack_in_place_of_a_namespace(text: str) -> RecipeError | None:
+    """The error for a recipe with a pack's name in it where its namespace belongs: `my-pack.joy`."""
+    if not _LIKE_A_PACK.search(text):
+        return None
+    for pack in packs():
+        found = re.search(rf"(?<![\w.]){re.escape(pack.name)}\.([^\W\d]\w*)", text)
+        if found and pack.name != pack.namespace:
+            problem = f"the pack {pack.name} is written {pack.namespace} in a recipe"
+            return RecipeError(problem, text, found.start(), f"{pack.namespace}.{found[1]}")
+    return None
 
 
 def described(query: str, name: str, entry: Entry) -> str:

@@ -81,6 +81,11 @@ def require_new(target: Path, force: bool, other: str) -> Path:
     return target
 
 
+def not_calibrated(name: str) -> str:
+    """What to know of a vector whose dose nobody measured."""
+    return f"note: {name} is not calibrated, so 1 may be far too strong: start with 0.1*{name}"
+
+
 def print_json(data: Any) -> None:
     """JSON that is valid in any encoding: where it is not UTF-8, with escapes of JSON's own."""
     ascii_only = (sys.stdout.encoding or "").lower().replace("_", "-") not in ("utf-8", "utf8")

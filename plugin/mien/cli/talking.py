@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MienError, RecipeError
+from ..errors import MienError
 from .conversation import Conversation
 from .options import Number, Text, characters, json_option, model_option, print_json, threads_option
 from .speakers import SPEAKERS, Limits, Speaker, load_speaker
+from .vectorfiles import (
+    VectorFiles,
+    read_vectors,
+    require_names,
+    tell_uncalibrated,
+    tell_unused,
+    vector_option,
+)
 from .watching import watch_json, watch_lines
 
 if TYPE_CHECKING:
     from ..steering import Applied, Steering
-    from ..vector import Vector
     from ..watch import Watch
 
 generation_options = [
@@ -55,33 +62,6 @@ generation_options = [
     ),
     threads_option,
 ]
-vector_option = click.option(
-    "--vector",
-    "vectors",
-    multiple=True,
-    metavar="[NAME=]FILE",
-    help="Use a vector file under NAME, by default the name in the file (repeatable).",
-)
-
-
-def read_vectors(given: tuple[str, ...]) -> dict[str, Vector]:
-    """{name: vector} for the values of --vector. Raises VectorFileError, and RecipeError for a bad name."""
-    from ..recipe import as_name
-    from ..vectorfile import load
-
-    found = {}
-    for text in given:
-        name, _, file = text.partition("=")
-        if not file or "/" in name:  # no name, or a path with a = of its own
-            name, file = "", text
-        vector = load(file)
-        try:
-            found[as_name(name or vector.name)] = vector
-        except RecipeError as error:
-            raise RecipeError(f"{error.problem}. Name it: --vector NAME={file}") from None
-    return found
-
-
 MARGIN = 8  # tokens at least that a trimmed history leaves for the reply, and for what a count leaves out
 
 
@@ -138,16 +118,23 @@ def run(
     """
     if raw and system:
         raise click.UsageError("--system belongs to a chat template; it can't go with --raw")
+    if compare and not steer.strip():
+        raise click.UsageError("--compare shows what --steer RECIPE changes: give one")
     if prompt == "-":
         prompt = _standard_input()
-    from ..recipe import parse
+    if not prompt.strip():
+        raise click.UsageError("the prompt is empty: give a text, or - to read it from standard input")
+    from ..recipe import names_in, parse
 
-    parse(steer)  # a mistake shows before a model is loaded
-    named = read_vectors(vectors)
+    recipe = parse(steer)  # a mistake shows before a model is loaded
+    files, names = read_vectors(vectors), names_in(recipe).union(watched)
+    require_names(names, files)
     speaker = load_speaker(runtime, model, n_ctx, threads)
     steering = speaker.steering
-    for name, vector in named.items():
-        steering.define(name, vector)
+    for name, given in files.items():
+        steering.define(name, given.vector)
+    tell_unused(names, files)
+    tell_uncalibrated(recipe, files)
     limits = Limits(max_tokens, temperature, seed)
     program = steering.compile(steer)
     watch = steering.watch(*watched) if watched else None
@@ -212,15 +199,16 @@ def chat(
     /reset          forget the conversation
     /quit           leave (so does Ctrl-D); Ctrl-C stops a reply
     """
-    from ..recipe import parse
+    from ..recipe import names_in, parse
 
-    parse(steer)
-    named = read_vectors(vectors)
+    recipe, files = parse(steer), read_vectors(vectors)
+    require_names(names_in(recipe), files)
     speaker = load_speaker(runtime, model, n_ctx, threads)
     steering = speaker.steering
-    for name, vector in named.items():
-        steering.define(name, vector)
-    steering.set(steer)
+    for name, given in files.items():
+        steering.define(name, given.vector)
+    tell_uncalibrated(recipe, files)
+    steering.set(recipe)
     conversation = Conversation(system)
     limits = Limits(max_tokens, temperature, seed)
     if sys.stdin.isatty():
@@ -246,7 +234,7 @@ def chat(
         elif line.split(" ")[0] == "/watch":
             watch = _watch(steering, line.split()[1:], watch)
         elif line.startswith("/"):
-            _command(steering, line)
+            _command(steering, line, files)
         elif line:
             if watch:
                 watch.clear()
@@ -276,11 +264,16 @@ def _watch(steering: Steering, names: list[str], before: Watch | None) -> Watch 
     return None
 
 
-def _command(steering: Steering, line: str) -> None:
+def _command(steering: Steering, line: str, files: VectorFiles) -> None:
+    from ..recipe import names_in, parse
+
     word, _, rest = line.partition(" ")
     try:
         if word == "/steer" and rest.strip():
-            steering.set(rest)
+            recipe = parse(rest)
+            require_names(names_in(recipe), files)
+            steering.set(recipe)
+            tell_uncalibrated(recipe, files)
         elif word == "/clear":
             steering.clear()
         elif word == "/applied":
