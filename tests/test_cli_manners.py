@@ -125,6 +125,14 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
         ("pack verify nothing", 3, "nothing"),
         ("pack report nothing", 3, "nothing"),
         ("list --model nothing", 3, "nothing"),
+        ("info nothing", 3, "nothing"),
+        ("info nothing.gguf", 3, "nothing.gguf"),
+        ("info folder/nothing", 3, "folder/nothing"),
+        ("import nothing.gguf", 3, "nothing.gguf"),
+        ("import nothing.npz", 3, "nothing.npz"),
+        ("import nothing.pt --from steering-vectors", 3, "nothing.pt"),
+        ("run Hi --model MODEL --vector nothing.gguf --steer glad", 3, "nothing.gguf"),
+        ("chat --model MODEL --vector nothing.gguf", 3, "nothing.gguf"),
         ("doctor --model nothing.gguf", 3, "no such file"),
         # 4: broken file or pack
         ("run Hi --model text.txt", 4, "not a GGUF file"),
@@ -134,6 +142,12 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
         ("doctor --model cut.gguf", 4, "cut short"),
         ("import mine/glad.gguf --model cut.gguf --out folder", 4, "cut short"),
         ("info folder/", 4, "Is a directory"),
+        ("info text.txt", 4, "not a GGUF file"),
+        ("info ./text.txt", 4, "not a GGUF file"),
+        ("info cut.gguf", 4, "cut.gguf"),
+        ("run Hi --model MODEL --vector text.txt", 4, "not a GGUF file"),
+        ("import text.txt --out folder", 4, "text.txt"),
+        ("pack remove mine", 4, "was not installed by mien"),
         ("pack verify text.txt", 4, "text.txt"),
         ("pack verify folder", 4, "pack.toml"),
         ("pack export text.txt", 4, "text.txt"),
@@ -296,6 +310,21 @@ def test_a_prompt_that_is_too_long_says_by_how_much(
     assert (found.exit_code, found.stdout) == (1, "")
     assert found.stderr.startswith("PromptTooLong: the prompt has 15")
     assert "at most 127 fit" in found.stderr
+    assert "--ctx" in found.stderr
+
+
+@pytest.mark.parametrize("runtime", ["llama", "hf"])
+def test_a_context_is_at_most_what_the_model_was_trained_with(model: Path, runtime: str) -> None:
+    arguments = ["--model", str(model), "--max-tokens", "2", "--runtime", runtime]
+    (line,) = invoke("run", "Hi", *arguments, "--ctx", "1000").stderr.splitlines()
+    assert "512" in line
+    assert "--ctx 1000" in line
+    for fits in ([], ["--ctx", "512"], ["--ctx", "256"]):  # what nobody asked for is not told
+        assert invoke("run", "Hi", *arguments, *fits).stderr == ""
+    for command, stdin in ((["run", "a" * 600], None), (["chat"], "a" * 600 + "\n")):
+        told = invoke(*command, *arguments, stdin=stdin).stderr
+        assert "at most 511 fit" in told
+        assert "--ctx" not in told
 
 
 def test_the_length_of_a_prompt_is_what_the_chat_makes_of_it(tmp_path: Path, model: Path) -> None:
@@ -316,7 +345,8 @@ def test_a_chat_forgets_its_oldest_turns(model: Path, runtime: str) -> None:
     told = found.stderr.splitlines()
     assert sum("forgotten" in line for line in told) >= 1
     assert sum("at most 127 fit" in line for line in told) == 1
-    replies = [line.removeprefix("> ") for line in found.stdout.splitlines() if line.removeprefix("> ")]
+    replies = [line for line in found.stdout.splitlines() if line]
+    assert not any(line.startswith("> ") for line in replies)
     assert len(replies) == 4, found.stdout  # the chat went on after the message that does not fit
 
 

@@ -979,7 +979,7 @@ def test_the_wrong_format_says_what_it_expected(format: str, tmp_path: Path) -> 
     [
         ("torch", lambda path: write(make_vector(), path, "steering-vectors"), r"pip install 'mien\[hf\]'"),
         ("safetensors", lambda path: write(make_vector(), path, "safetensors"), r"pip install 'mien\[hf\]'"),
-        ("safetensors", lambda path: read(path, "safetensors"), r"pip install 'mien\[hf\]'"),
+        ("safetensors", lambda path: read(path.parent, "safetensors"), r"pip install 'mien\[hf\]'"),
         ("repeng", lambda path: interchange.to_repeng(make_vector()), "pip install repeng$"),
         (
             "steering_vectors",
@@ -1155,7 +1155,7 @@ def test_import_keeps_the_last_row_when_asked(here: Path) -> None:
         (["happy.gguf", "--from", "onnx"], 2, ["onnx"]),
         (["rows.npz"], 1, ["rows.npz: it does not say", "--model", "--architecture"]),
         (["happy.gguf", "rows.npz", "-o", "out"], 1, ["rows.npz: it does not say"]),
-        (["nothing.gguf"], 4, ["nothing.gguf: can't be read"]),
+        (["nothing.gguf"], 3, ["nothing.gguf: can't be read"]),
         (["evil.pt"], 4, ["evil.pt, data.pkl, byte 2: refused: it names 'os.system'"]),
         (["happy.gguf", "--model", "nothing"], 3, ["nothing: there is no such file"]),
         (["happy.gguf", "--model", "happy.gguf"], 4, ["expected a model, got a vector"]),

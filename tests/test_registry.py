@@ -10,7 +10,14 @@ import mien.registry
 import pytest
 from mien import synonyms
 from mien.corpus import Corpus
-from mien.errors import ModelMismatch, NameNotFound, PackError, RecipeError, VectorFileError
+from mien.errors import (
+    ModelMismatch,
+    NameNotFound,
+    PackError,
+    RecipeError,
+    VectorFileError,
+    VectorFileNotFound,
+)
 from mien.fingerprint import Fingerprint
 from mien.pack import Pack
 from mien.recipe import parse
@@ -379,3 +386,11 @@ def test_load_takes_a_name_or_a_file(shipped: Path, tmp_path: Path, monkeypatch:
         load("calm.gguf", OTHER_MODEL)
     with pytest.raises(VectorFileError, match=r"none/joy: can't be read"):
         load("none/joy")
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(VectorFileError, match="not a GGUF file"):
+        load("text.txt")
+    (tmp_path / "joy").write_text("some text")
+    assert load("joy").name == "joy"  # a vector's name comes first
+    with pytest.raises(VectorFileNotFound) as missing:
+        load(tmp_path / "nothing")
+    assert (missing.value.path, missing.value.exit_code) == (str(tmp_path / "nothing"), 3)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SteeringNotApplied,
         VectorError,
         VectorFileError,
+        VectorFileNotFound,
     )
     from .extraction import extract
     from .fingerprint import Fingerprint
@@ -86,6 +87,7 @@ _HOME = {
     "SteeringNotApplied": "errors",
     "VectorError": "errors",
     "VectorFileError": "errors",
+    "VectorFileNotFound": "errors",
 }
 
 __all__ = [
@@ -115,6 +117,7 @@ __all__ = [
     "Vector",
     "VectorError",
     "VectorFileError",
+    "VectorFileNotFound",
     "__version__",
     "attach",
     "default_model",

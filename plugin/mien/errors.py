@@ -2,6 +2,7 @@
 
     MienError                   exit code
     ├── VectorFileError         4   a file that is not a vector, or a broken one
+    │   └── VectorFileNotFound  3   no such vector file
     ├── PackError               4   a pack that is broken, unsafe or not as its manifest says
     ├── VectorError             1   arithmetic that has no meaning (shapes, numbers)
     ├── RecipeError             2   a recipe that does not parse; shows the place
@@ -51,6 +52,15 @@ class VectorFileError(MienError):
     def __init__(self, path: object, problem: str, where: str = "") -> None:
         self.path, self.where, self.problem = str(path), where, problem
         super().__init__(f"{path}{', ' + where if where else ''}: {problem}")
+
+
+class VectorFileNotFound(VectorFileError):
+    """There is no vector file at that path."""
+
+    exit_code = 3
+
+    def __init__(self, path: object) -> None:
+        super().__init__(path, "can't be read (No such file or directory)")
 
 
 class PackError(MienError):
@@ -145,14 +155,20 @@ class InputNotFound(MienError):
 
 
 class PromptTooLong(MienError):
-    """The prompt does not fit into the context. `tokens` is its length, `room` the most that fits."""
+    """The prompt does not fit into the context.
 
-    def __init__(self, tokens: int, room: int) -> None:
-        self.tokens, self.room = tokens, room
-        super().__init__(
-            f"the prompt has {tokens} tokens, and at most {room} fit into the context. Make it shorter, or "
-            f"the context larger (--ctx)."
+    tokens: its length. room: the most that fits. at_limit: whether the model was trained with no larger
+    context.
+    """
+
+    def __init__(self, tokens: int, room: int, at_limit: bool = False) -> None:
+        self.tokens, self.room, self.at_limit = tokens, room, at_limit
+        advice = (
+            "Make it shorter: the model was trained with no larger context."
+            if at_limit
+            else "Make it shorter, or the context larger (--ctx)."
         )
+        super().__init__(f"the prompt has {tokens} tokens, and at most {room} fit into the context. {advice}")
 
 
 class ContextNotMade(MienError):

@@ -25,7 +25,7 @@ from typing import IO
 
 from .errors import MienError, NameNotFound, PackError
 from .pack import MANIFEST, Pack, is_pack_name, is_plain_name, require_regular, write_whole
-from .registry import user_packs
+from .registry import Registry, shipped_packs, user_packs
 
 MAX_ENTRIES = 256
 MAX_BYTES = 512 << 20  # of all files together, unpacked
@@ -73,8 +73,8 @@ def remove(name: str) -> Path:
 
     name: the pack's name, such as `smollm2-135m-instruct`.
 
-    Raises NameNotFound where no pack of that name is installed: those that ship, and those that
-    MIEN_PATH or a Python package bring, are not mien's to remove. PackError where it can't be moved.
+    Raises NameNotFound if there is no pack of that name. PackError if it can't be moved, is shipped with
+    mien, or is brought by MIEN_PATH or a Python package: those are not mien's to remove.
     """
     home = user_packs()
     target = home / name
@@ -82,6 +82,7 @@ def remove(name: str) -> Path:
         installed = [path.name for path in home.iterdir()] if home.is_dir() else []
         installed = [file for file in installed if is_pack_name(file)]  # the others are work in progress
         if name not in installed:
+            _require_not_elsewhere(name)
             hint = f"Only packs in {home} can be removed."
             raise NameNotFound(name, installed, what="pack", hint=hint)
         # Out of sight by one rename: what is half deleted is never taken for a pack.
@@ -90,6 +91,15 @@ def remove(name: str) -> Path:
     except OSError as error:
         raise PackError(f"{target}: can't be removed ({error.strerror})") from error
     return target
+
+
+def _require_not_elsewhere(name: str) -> None:
+    """Raises PackError if a pack of that name is on the search path, where nobody installed it."""
+    for pack in Registry().packs():
+        if pack.name == name and shipped_packs() in (pack.path, *pack.path.parents):
+            raise PackError(f"{name} is shipped with mien and can't be removed")
+        if pack.name == name:
+            raise PackError(f"{name} was not installed by mien: remove {pack.path} yourself")
 
 
 def export(pack: Pack, target: str | Path, force: bool = False) -> Path:

@@ -25,7 +25,7 @@ from typing import Any
 
 from . import foreign, vectorfile
 from .architectures import gguf_architecture, is_gguf_architecture
-from .errors import MienError, ModelMismatch, VectorError, VectorFileError
+from .errors import MienError, ModelMismatch, VectorError, VectorFileError, VectorFileNotFound
 from .exporting import SUFFIXES, to_repeng, to_steering_vectors, write
 from .fingerprint import Fingerprint
 from .foreign import Found, Refuse
@@ -111,6 +111,8 @@ def read(
     if format not in FORMATS:
         raise VectorError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     path = Path(path)
+    if not path.exists():
+        raise VectorFileNotFound(path)
     wishes = _Wishes(name or path.stem, shift, architecture, model, keep_last)
     refuse: Refuse = partial(VectorFileError, path)
     kind = foreign.container(path) if format == "auto" else _CONTAINERS.get(format, "gguf")

@@ -224,13 +224,18 @@ def packs() -> list[Pack]:
 def load(name: str | Path, model: Fingerprint | None = None) -> Vector:
     """The vector of that name, see `Registry.find`, or in that file.
 
-    name: a vector's name; text that ends in .gguf or holds a path separator, and a Path, is a file.
+    name: a vector's name; text that ends in .gguf or holds a path separator, and a Path, is a file, and so
+    is text that names a file and no vector.
 
     Raises what `Registry.find` raises, and VectorFileError; ModelMismatch where the file's vector is
     not for `model`.
     """
     if isinstance(name, str) and not name.endswith(".gguf") and not {"/", os.sep}.intersection(name):
-        return Registry().find(name, model)
+        try:
+            return Registry().find(name, model)
+        except NameNotFound:
+            if not Path(name).is_file():
+                raise
     from .vectorfile import load as load_file
 
     vector = load_file(name)

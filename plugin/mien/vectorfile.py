@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import VectorError, VectorFileError
+from .errors import VectorError, VectorFileError, VectorFileNotFound
 from .fingerprint import Fingerprint
 from .vector import MetaValue, Vector
 from .vectorrows import control_rows, own_rows, tensors
@@ -166,13 +166,15 @@ def why_own(vector: Vector) -> str:
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
-    """A reader of the GGUF file at `path`. Raises VectorFileError where it can't be read as one.
+    """A reader of the GGUF file at `path`. Raises VectorFileError if it can't be read as one.
 
     What reading on from it lets out, where the file lies about itself, is one of BROKEN.
     """
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
+    except FileNotFoundError as error:
+        raise VectorFileNotFound(path) from error
     except OSError as error:
         raise VectorFileError(path, f"can't be read ({error.strerror})") from error
     if magic != _MAGIC:

@@ -35,15 +35,21 @@ class Conversation:
         """Forget the question, which was not answered."""
         self.messages.pop()
 
-    def trim(self, count: Callable[[Sequence[Message]], int], room: int, most: int) -> int:
+    def trim(
+        self,
+        count: Callable[[Sequence[Message]], int],
+        room: int,
+        most: int,
+        at_limit: bool = False,
+    ) -> int:
         """Drop the oldest turns until the rest has at most `room` tokens; how many were dropped.
 
         count: the tokens of messages. The system prompt and the last question always stay. Raises
-        PromptTooLong, and drops nothing, if these two alone have more than `most`.
+        PromptTooLong, and drops nothing, if these two alone have more than `most`; at_limit: see there.
         """
         alone = count([*self._beginning, self.messages[-1]])
         if alone > most:
-            raise PromptTooLong(alone, most)
+            raise PromptTooLong(alone, most, at_limit)
         first, dropped = len(self._beginning), 0
         while len(self.messages) > first + 1 and count(self.messages) > room:
             del self.messages[first : first + 2]  # a question and its answer

@@ -75,7 +75,7 @@ def list_(query: str | None, model: str | None, as_json: bool) -> None:
         if not everything:
             click.echo("no packs found; `mien doctor` shows where it looked", err=True)
     for problem in registry.problems:
-        click.echo(f"left out {problem.path}: {problem.error}", err=True)
+        click.echo(f"left out: {problem.error}", err=True)  # which names the path
     if everything and not packs:
         click.echo(f"none of {len(everything)} packs has {model!r} in its name or model", err=True)
     elif everything and not found:

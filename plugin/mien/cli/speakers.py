@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import click
+
 from ..errors import MienError, PromptTooLong
 from .progress import noticed
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ..steering import Steering
 
 Message: TypeAlias = dict[str, str]
+N_CTX = 2048  # tokens
 _TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window")  # of llama-cpp-python
 
 
@@ -30,12 +33,14 @@ class Limits:
 class Speaker(Protocol):
     """An attached model. `chat` and `complete` give the reply piece by piece; both raise PromptTooLong.
 
-    n_ctx: how many tokens prompt and reply may have together.
+    n_ctx: how many tokens prompt and reply may have together. trained: how many the model was trained with,
+    and n_ctx has at most; None if that is not known.
     """
 
     path: Path
     steering: Steering
     n_ctx: int
+    trained: int | None
 
     def chat(self, messages: Sequence[Message], limits: Limits, turn: int = 1) -> Iterator[str]:
         """The reply to a conversation, in the model's chat template. turn: the reply's number, from 1."""
@@ -56,6 +61,7 @@ class LlamaSpeaker:
 
         self.path = path
         self._llm = load_llama(path, n_ctx=n_ctx, n_threads=threads)
+        self.trained: int | None = self._llm._model.n_ctx_train()
         self.n_ctx = min(n_ctx, self._llm._model.n_ctx_train())
         self._llm._n_ctx = self.n_ctx
         with errors_logged():  # a warning about the context's length would be about what is never used
@@ -83,7 +89,7 @@ class LlamaSpeaker:
         except ValueError as error:
             if not (found := _TOO_LONG.search(str(error))):
                 raise
-            raise PromptTooLong(int(found[1]), self.n_ctx - 1) from error
+            raise too_long(self, int(found[1])) from error
         except RuntimeError as error:  # llama_decode failed
             raise MienError(f"llama.cpp could not evaluate the prompt ({error})") from error
 
@@ -101,7 +107,8 @@ class HFSpeaker:
         torch.set_num_threads(threads or default_threads())
         self.path = path
         self._model, self._tokenizer = load_hf(path)
-        self.n_ctx = min(n_ctx, getattr(self._model.config, "max_position_embeddings", None) or n_ctx)
+        self.trained: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        self.n_ctx = min(n_ctx, self.trained or n_ctx)
         self.steering = attach(self._model, tokenizer=self._tokenizer)
 
     def chat(self, messages: Sequence[Message], limits: Limits, turn: int = 1) -> Iterator[str]:
@@ -121,14 +128,23 @@ class HFSpeaker:
     def _stream(self, inputs: Any, limits: Limits) -> Iterator[str]:
         from ..runtimes.hf_text import stream
 
-        yield from stream(self._model, self._tokenizer, inputs, n_ctx=self.n_ctx, **vars(limits))
+        try:
+            yield from stream(self._model, self._tokenizer, inputs, n_ctx=self.n_ctx, **vars(limits))
+        except PromptTooLong as error:
+            raise too_long(self, error.tokens) from error
 
 
 SPEAKERS: dict[str, type[LlamaSpeaker] | type[HFSpeaker]] = {"llama": LlamaSpeaker, "hf": HFSpeaker}
 
 
-def load_speaker(runtime: str, model: str | None, n_ctx: int, threads: int | None) -> Speaker:
-    """The model, attached. runtime: a key of SPEAKERS.
+def too_long(speaker: Speaker, tokens: int) -> PromptTooLong:
+    """The error for a prompt of that many tokens."""
+    return PromptTooLong(tokens, speaker.n_ctx - 1, at_limit=speaker.n_ctx == speaker.trained)
+
+
+def load_speaker(runtime: str, model: str | None, n_ctx: int | None, threads: int | None) -> Speaker:
+    """The model, attached. runtime: a key of SPEAKERS. n_ctx: by default N_CTX; if the model was trained
+    with fewer tokens it has those, which is said on stderr if another number was asked for.
 
     Raises ModelNotFound, ModelFileError, ContextNotMade.
     """
@@ -136,4 +152,11 @@ def load_speaker(runtime: str, model: str | None, n_ctx: int, threads: int | Non
 
     path = find_model(model, folders=runtime == "hf")
     with noticed(f"loading {path.name}"):
-        return SPEAKERS[runtime](path, n_ctx, threads)
+        speaker = SPEAKERS[runtime](path, n_ctx or N_CTX, threads)
+    if n_ctx and speaker.n_ctx < n_ctx:
+        click.echo(
+            f"note: the model was trained with {speaker.trained} tokens of context, so --ctx {n_ctx} is "
+            f"{speaker.n_ctx}",
+            err=True,
+        )
+    return speaker

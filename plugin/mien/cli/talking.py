@@ -14,7 +14,7 @@ import click
 from ..errors import MienError
 from .conversation import Conversation
 from .options import Number, Text, characters, json_option, model_option, print_json, threads_option
-from .speakers import SPEAKERS, Limits, Speaker, load_speaker
+from .speakers import N_CTX, SPEAKERS, Limits, Speaker, load_speaker
 from .vectorfiles import (
     VectorFiles,
     read_vectors,
@@ -56,9 +56,7 @@ generation_options = [
         "--ctx",
         "n_ctx",
         type=click.IntRange(64, 2**31 - 1),
-        default=2048,
-        show_default=True,
-        help="Context, in tokens; at most what the model was trained with.",
+        help=f"Context, in tokens; at most what the model was trained with. Default: {N_CTX}.",
     ),
     threads_option,
 ]
@@ -104,7 +102,7 @@ def run(
     max_tokens: int,
     temperature: float,
     seed: int,
-    n_ctx: int,
+    n_ctx: int | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -184,7 +182,7 @@ def chat(
     max_tokens: int,
     temperature: float,
     seed: int,
-    n_ctx: int,
+    n_ctx: int | None,
     threads: int | None,
 ) -> None:
     """Chat, and change the model's mood as you go.
@@ -218,7 +216,7 @@ def chat(
     watch: Watch | None = None
     while True:
         try:
-            line = characters(input(f"[{steering.recipe}] > " if steering.recipe.terms else "> ")).strip()
+            line = characters(_input(f"[{steering.recipe}] > " if steering.recipe.terms else "> ")).strip()
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -241,6 +239,15 @@ def chat(
             _exchange(speaker, conversation, line, limits)
             if watch:
                 click.echo("\n".join(watch_lines(watch)), err=True)
+
+
+def _input(prompt: str) -> str:
+    """A line of standard input; the prompt is for who types it, and never among the replies in a file."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    if sys.stdin.isatty():
+        click.echo(prompt, nl=False, err=True)
+    return input()
 
 
 def _standard_input() -> str:
@@ -291,7 +298,8 @@ def _exchange(speaker: Speaker, conversation: Conversation, question: str, limit
     conversation.ask(question)
     reserve = max(min(limits.max_tokens, speaker.n_ctx // 4), MARGIN)
     try:
-        dropped = conversation.trim(speaker.count, speaker.n_ctx - reserve, speaker.n_ctx - 1)
+        at_limit = speaker.n_ctx == speaker.trained
+        dropped = conversation.trim(speaker.count, speaker.n_ctx - reserve, speaker.n_ctx - 1, at_limit)
         if dropped:
             turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
             click.echo(f"the context is full: {turns} forgotten", err=True)
