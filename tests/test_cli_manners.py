@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mien.modelfile import fingerprint_of
 from mien.pack import Pack
 from mien.runtimes.llama_text import load_llama, prompt_length
 from mien.threads import default_threads
+from mien.timing import TOO_FEW, line, row
 from mien.vector import Vector
 
 SENTENCE = "Grüße, 喜び 😀!"
@@ -563,3 +565,40 @@ def test_a_vector_without_a_measured_dose_is_told(odd: Path, file: Path, model: 
     )
     dosed.save("x.gguf")
     assert notes(invoke(*arguments, "--steer", "glad")) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "verdict"),
+    [
+        ([1.0] * 5, {"reach": 1.01}, "ok"),
+        ([1.02] * 5, {"reach": 1.01}, "MISSED"),
+        ([1.0], {"reach": 1.01}, TOO_FEW),  # nobody knows how far it spreads
+        ([0.9, 0.95, 1.0, 1.05, 1.1], {"reach": 1.01}, TOO_FEW),
+        ([0.9, 0.95, 1.0, 1.05, 1.1] * 200, {"reach": 1.01}, "ok"),
+        ([0.9, 0.95, 1.0, 1.05, 1.1] * 200, {"reach": 0.99}, "MISSED"),
+        ([0.9, 0.95, 1.0, 1.05, 1.1], {"at_least": 0.6}, "ok"),
+        ([0.9, 0.95, 1.0, 1.05, 1.1], {"at_least": 1.6}, "MISSED"),
+        ([0.9, 0.95, 1.0, 1.05, 1.1], {"at_least": 0.99}, TOO_FEW),
+        ([0.9, 1.1], {}, ""),
+    ],
+)
+def test_a_verdict_needs_rounds_enough(values: list[float], target: dict[str, float], verdict: str) -> None:
+    found = replace(row("decode", values, "x"), **target)  # type: ignore[arg-type]
+    assert found.verdict == verdict
+    assert line(found, 20).endswith(verdict)
+
+
+def test_the_margin_is_the_medians_95_percent_interval() -> None:
+    random = np.random.default_rng(0)
+    draws = random.standard_normal((2000, 51))
+    rows = [row("drawn", list(values), "x") for values in draws]
+    covered = np.mean([found.margin is not None and abs(found.value) <= found.margin for found in rows])
+    assert 0.93 <= covered <= 0.98
+
+
+def test_one_round_is_measured(odd: Path, model: Path, stopped: Callable[[int], None]) -> None:
+    stopped(2)  # decode has one round, prefill 4
+    found = invoke("bench", "--model", str(model), "--rounds", "1", "--json")
+    rows = {measured["what"]: measured for measured in json.loads(found.stdout)["rows"]}
+    assert rows["decode, in-graph"]["samples"] == 1
+    assert rows["decode, in-graph"]["margin"] is None

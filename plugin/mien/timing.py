@@ -6,6 +6,7 @@ its time divided by the baseline's time in the same round: the machine's drift c
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import numpy as np
 
 Cases = Mapping[str, Callable[[int], object]]
 Times = dict[str, list[float]]  # seconds of each case in each round
+TOO_FEW = "too few rounds to tell"
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table. value: a ratio to `against`, or a figure in `unit`.
 
-    reach: what it should be at most; at_least: the same the other way round.
+    reach: what it should be at most; at_least: the same the other way round. margin: how far the value may
+    be from what endless rounds would give, see `margin_of`; None if that is not known.
     """
 
     what: str
@@ -33,6 +36,18 @@ class Row:
     reach: float | None = None
     samples: int = 0
     at_least: float | None = None
+    margin: float | None = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """'ok' or 'MISSED' against the target, TOO_FEW if the margin is wider than the distance to it."""
+        target = self.at_least if self.reach is None else self.reach
+        if target is None:
+            return ""
+        if self.margin is None or self.margin > abs(self.value - target):
+            return TOO_FEW
+        met = self.value >= target if self.reach is None else self.value <= target
+        return "ok" if met else "MISSED"
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,18 @@ def interleaved(cases: Cases, rounds: int, after: Callable[[int, Times], None] |
 def row(what: str, values: Sequence[float], unit: str, against: str = "", reach: float | None = None) -> Row:
     """One line: the median of `values`, and the 10th and 90th percentile."""
     low, *_, high = quantiles(values, n=10) if len(values) > 1 else [values[0]] * 2
-    return Row(what, median(values), low, high, unit, against, reach, len(values))
+    margin = margin_of(low, high, len(values))
+    return Row(what, median(values), low, high, unit, against, reach, len(values), margin=margin)
+
+
+def margin_of(low: float, high: float, samples: int) -> float | None:
+    """Half of the 95% interval of a median, from the 10th and 90th percentile of the samples; None for one.
+
+    For a normal distribution those are 2.56 standard deviations s apart, and the median's standard error is
+    1.25 s / sqrt(samples): 1.96 of these are 0.96 (high - low) / sqrt(samples), and here simply
+    (high - low) / sqrt(samples).
+    """
+    return (high - low) / math.sqrt(samples) if samples > 1 else None
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -115,10 +141,10 @@ def head(width: int) -> str:
 
 def line(row: Row, width: int) -> str:
     """One row of a table; width: of its first column."""
-    verdict = ""
+    target = ""
     if row.reach is not None:
-        verdict = f"<= {row.reach:.4g}  {'ok' if row.value <= row.reach else 'MISSED'}"
-    if row.at_least is not None:
-        verdict = f">= {row.at_least:.4g}  {'ok' if row.value >= row.at_least else 'MISSED'}"
+        target = f"<= {row.reach:.4g}  {row.verdict}"
+    elif row.at_least is not None:
+        target = f">= {row.at_least:.4g}  {row.verdict}"
     figures = f"{row.value:9.4g}  {row.low:8.4g}  {row.high:8.4g}  {row.unit:4}"
-    return f"{row.what:{width}}  {figures}  {verdict}".rstrip()
+    return f"{row.what:{width}}  {figures}  {target}".rstrip()
