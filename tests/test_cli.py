@@ -45,6 +45,13 @@ def run_process(
     )
 
 
+@pytest.fixture(scope="module")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from little import write_model
+
+    return write_model(tmp_path_factory.mktemp("little") / "model.gguf")
+
+
 def make_pack(folder: Path, fingerprint: Fingerprint, *names: str) -> Path:
     from mien.pack import Pack
 
@@ -442,7 +449,7 @@ def test_extract_makes_a_vector_that_run_takes(tmp_path: Path, monkeypatch: pyte
     assert made[0]["layers"] == list(range(10, 21))
     assert made[0]["meta"]["samples"] == [2, 2]
     first = (tmp_path / "warm.gguf").read_bytes()
-    invoke("extract", "warm", *arguments, "--force")
+    assert "not calibrated" in invoke("extract", "warm", *arguments, "--force").stderr
     assert (tmp_path / "warm.gguf").read_bytes() == first  # the same bytes on the same machine
     invoke("pack", "build", ".", "--name", "mine", "--version", "1", "--licence", "MIT")
     invoke("pack", "install", ".")
@@ -507,6 +514,24 @@ def test_a_pack_that_can_not_be_made(
     assert words in process.stderr
     assert "Traceback" not in process.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pack_whose_making_is_stopped_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_chat: Path
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        assert (tmp_path / "mine").is_dir(), "that it can be written shows before the work"
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mien.making.read_states", stop)
+    write(tmp_path / "data", {"manner/warm.toml": TRAIT})
+    arguments = [str(tiny_chat), "--data", "data", "--name", "mine", "--method", "mean"]
+    found = invoke("pack", "make", *arguments)
+    assert found.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    lines = [line.partition(" ...")[0] for line in found.stderr.splitlines()]
+    assert lines.index("loading model.gguf") < lines.index("reading warm")
 
 
 @pytest.mark.model

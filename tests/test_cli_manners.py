@@ -116,6 +116,12 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byte
         ("extract x --positive text.txt --negative text.txt --layers 1-99999999999", 2, "6-28"),
         ("import mine/glad.gguf --scale inf", 2, "--scale"),
         ("bench --out folder", 2, "--out"),
+        ("bench --rounds 0", 2, "--rounds"),
+        ("pack build mine --name mine --version x --licence MIT", 2, "1.0.0"),
+        ("pack build mine --name mine --version 1..0 --licence MIT", 2, "1.0.0"),
+        ("pack build mine --name Mine --version 1.0 --licence MIT", 2, "a-z"),
+        ("pack make MODEL --version v1", 2, "1.0.0"),
+        ("pack make MODEL --name ../x", 2, "a-z"),
         # 3: name or model not found
         ("run Hi --model nothing.gguf", 3, "no such file"),
         ("run Hi --steer nothing --model MODEL", 3, "nothing"),

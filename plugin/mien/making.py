@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -124,7 +125,14 @@ class Maker:
 
     def make(self, *, name: str, version: str, licence: str, description: str = "") -> Pack:
         """All stages. Raises MienError; what was done before stays for the next time."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)  # before an hour of work, not after
+        try:
+            return self._made(name=name, version=version, licence=licence, description=description)
+        finally:
+            with suppress(OSError):
+                self.folder.rmdir()  # which only an empty one is
+
+    def _made(self, **manifest: str) -> Pack:
         vectors: dict[str, Vector] = {}
         for raw in self._raw():
             vectors[raw.name] = self._calibrated(raw.name, raw)
@@ -133,9 +141,9 @@ class Maker:
         read = self._readouts(vectors)
         for vector in vectors.values():
             found = self._evaluated(vector)
-            known = {**vector.meta, **found, **read[vector.name], "licence": licence}
+            known = {**vector.meta, **found, **read[vector.name], "licence": manifest["licence"]}
             replace(vector, meta=known).save(self.folder / f"{vector.name}.gguf")
-        return Pack.build(self.folder, name=name, version=version, licence=licence, description=description)
+        return Pack.build(self.folder, **manifest)
 
     # ---- directions ----
 
@@ -148,7 +156,6 @@ class Maker:
                 key = self._key(entry.digest, self.settings.method, {n: r.tobytes() for n, r in own.items()})
                 kept = self._load_vectors(entry, key)
                 if len(kept) < len(_names(entry)):
-                    self._cache.mkdir(exist_ok=True)
                     made = self._group(entry, own) if isinstance(entry, Group) else [self._trait(entry, own)]
                     for vector in made:
                         known = {**vector.meta, "making": key}
@@ -186,7 +193,6 @@ class Maker:
         examples = [Example(*lesson) for lesson in lessons]
         progress = self._stage(f"training {stage}")
         found = train(self._model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
-        self._cache.mkdir(exist_ok=True)
         arrays: dict[str, Any] = {"key": np.array(key), **found}
         np.savez(buffer := BytesIO(), **arrays)
         write_whole(path, buffer.getvalue())  # half a file would stop the next run
@@ -487,7 +493,6 @@ class Maker:
             if data.get("key") == key:
                 return data["found"]
         found = find()
-        self._cache.mkdir(exist_ok=True)
         write_whole(path, json.dumps({"key": key, "found": found}).encode())
         return found
 

@@ -60,6 +60,8 @@ _SITE = "residual"  # where a vector acts whose entry does not say
 # A manifest is a page of text; a larger file is something else, and slow to parse.
 _MAX_MANIFEST = 1 << 20
 _MAX_NAME = 64
+NAMES = "1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
+_VERSION = re.compile(r"[0-9]+(\.[0-9]+)*[A-Za-z0-9]*([.+-][A-Za-z0-9]+)*")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -143,6 +145,8 @@ class Pack:
             vector.name: _manifest_entry(path, digests[path], vector) for path, vector in vectors.items()
         }
         pack = cls._from_manifest(folder, manifest)  # whatever could not be read back is refused here
+        if not is_version(version):
+            raise PackError(_wrong(folder / MANIFEST, "version", "a version such as 1.0.0", version))
 
         import tomli_w
 
@@ -157,8 +161,7 @@ class Pack:
             newer = ". A newer mien may read it." if type(number) is int and number > FORMAT else ""
             raise PackError(_wrong(where, "format", str(FORMAT), number) + newer)
         if not is_pack_name(data.get("name")):
-            expected = "1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
-            raise PackError(_wrong(where, "name", expected, data.get("name", _MISSING)))
+            raise PackError(_wrong(where, "name", NAMES, data.get("name", _MISSING)))
         vectors = _table(where, data, "vectors")
         if not vectors:
             raise PackError(_wrong(where, "vectors", "at least one vector", vectors))
@@ -244,6 +247,14 @@ class Pack:
 def is_pack_name(name: object) -> bool:
     """Whether a pack may be called that; such a name is also safe as a folder's name."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def is_version(text: str) -> bool:
+    """Whether a new pack may have that version: numbers with dots such as 1.0, and perhaps more: 1.0-rc.1.
+
+    A pack that is read may have any.
+    """
+    return len(text) <= _MAX_NAME and _VERSION.fullmatch(text) is not None
 
 
 def is_plain_name(name: str) -> bool:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Number, json_option, model_option, print_json, require_new, threads_option
+from .options import (
+    Number,
+    json_option,
+    model_option,
+    not_calibrated,
+    print_json,
+    require_new,
+    threads_option,
+)
 from .progress import noticed, stages
 
 if TYPE_CHECKING:
@@ -151,6 +159,8 @@ def extract(
     for name, vector in vectors.items():
         target = targets[name]
         vector.save(target)
+        if vector.calibrated is None:
+            click.echo(not_calibrated(name), err=True)
         report.append(
             {"name": name, "file": str(target), "layers": list(vector.layers), "meta": dict(vector.meta)}
         )
@@ -184,6 +194,22 @@ def _calibrated(many: Any, vector: Vector, prompts: list[str], stage: Any) -> Ve
     return bake(vector, calibrate(many, vector, texts, budget=budget, progress=progress))
 
 
+def _version(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    from ..pack import is_version
+
+    if not is_version(value):
+        raise click.BadParameter(f"expected a version such as 1.0.0, got {value!r}")
+    return value
+
+
+def _pack_name(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    from ..pack import NAMES, is_pack_name
+
+    if value is not None and not is_pack_name(value):
+        raise click.BadParameter(f"expected {NAMES}, got {value!r}")
+    return value
+
+
 @click.group()
 def pack() -> None:
     """Build, check, install and export packs of vectors."""
@@ -191,8 +217,8 @@ def pack() -> None:
 
 @pack.command()
 @click.argument("folder", type=file)
-@click.option("--name", required=True, help="Such as smollm2-135m-instruct.")
-@click.option("--version", required=True)
+@click.option("--name", required=True, callback=_pack_name, help="Such as smollm2-135m-instruct.")
+@click.option("--version", required=True, callback=_version, help="Such as 1.0.0.")
 @click.option("--licence", required=True, help="SPDX identifier.")
 @click.option("--description", default="")
 @json_option
@@ -207,8 +233,8 @@ def build(folder: Path, name: str, version: str, licence: str, description: str,
 @pack.command()
 @click.argument("model", required=False, metavar="[MODEL.gguf]")
 @click.option("--out", "-o", type=file, help="The pack's folder. Default: its name, here.")
-@click.option("--name", help="Default: the model's name, in small letters.")
-@click.option("--version", default="1.0.0", show_default=True)
+@click.option("--name", callback=_pack_name, help="Default: the model's name, in small letters.")
+@click.option("--version", default="1.0.0", show_default=True, callback=_version)
 @click.option("--licence", default="CC-BY-4.0", show_default=True, help="SPDX identifier to record.")
 @click.option("--description", default="")
 @click.option("--data", type=file, help="Folder of contrast data. Default: what comes with mien.")
@@ -283,12 +309,13 @@ def make(
         torch.set_num_threads(threads or default_threads())
         return load_hf(path)[0]
 
+    click.echo(f"loading {path.name} ...", err=True)
+
     with ExitStack() as stack:
-        with noticed(f"loading {path.name}"):
-            quick = stack.enter_context(in_float32(path))
-            llm = load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)
-            stack.enter_context(closing(llm))
-            many = stack.enter_context(closing(evaluator(llm)))
+        quick = stack.enter_context(in_float32(path))
+        llm = load_llama(quick, n_ctx=1024, n_threads=threads, flash_attn=True)
+        stack.enter_context(closing(llm))
+        many = stack.enter_context(closing(evaluator(llm)))
         name = name or pack_name(many.fingerprint)
         maker = Maker(
             many,
@@ -296,7 +323,7 @@ def make(
             out or Path(name),
             settings=settings,
             trainable=trainable if method == "trained" else None,
-            stage=stages(),
+            stage=stages(announced=True),
         )
         made = maker.make(name=name, version=version, licence=licence, description=description)
     _report(made, as_json, "made")

@@ -27,12 +27,20 @@ def noticed(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def stages() -> Callable[[str], Callable[[int, int], None]]:
-    """Gives the progress for each stage: a bar on a terminal, elsewhere a line now and then."""
+def stages(announced: bool = False) -> Callable[[str], Callable[[int, int], None]]:
+    """Gives the progress for each stage: a bar on a terminal, elsewhere a line now and then.
+
+    announced: print the name of each stage when it begins, which may be long before its first progress.
+    """
     line = Ticker()
+    last = ""
 
     def stage(label: str) -> Callable[[int, int], None]:
         bar: Any = None
+        nonlocal last
+        if announced and label != last:
+            click.echo(f"{label} ...", err=True)
+            last = label
 
         def progress(done: int, total: int) -> None:
             nonlocal bar
