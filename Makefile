@@ -1,4 +1,4 @@
-# make demo   see a model answer in three tempers (sets everything up the first time)
+# make demo   see a model answer in three moods (sets everything up the first time)
 # make test   lint, types and the whole suite (sets everything up the first time)
 # make quick  lint, types and the fast tests, without the real model: under two minutes once set up
 # make check  lint and types alone

@@ -146,7 +146,10 @@ def test_info_tells_what_a_vector_is_worth() -> None:
     joy, weak = invoke("info", "joy").stdout, invoke("info", "narcissism").stdout
     data = json.loads(invoke("info", "joy", "--json").stdout)
     assert data["calibrated"][0] == 0.0
-    assert data["limits"] == [-0.5, max(data["meta"]["calibration.dose"])]
+    most = max(data["meta"]["calibration.dose"])
+    assert data["limits"] == [-0.5, most]
+    limits = f"fluent up to 1; a warning below -0.5 and above {most:.3g}"
+    assert f"  dose      measured up to {most:.3g}; {limits}\n" in joy
     for layer, share in zip(data["layers"], data["meta"]["accuracy"]):
         assert f"{layer}: {share:.2f}" in joy
     for number in (data["meta"]["test.effect"], *data["meta"]["test.effect_interval"]):
@@ -324,7 +327,7 @@ def test_a_dose_beyond_the_calibrated_ones_is_one_line_on_stderr() -> None:
     found = run_process(["run", QUESTION, "--steer", "100*joy - 0.3*anger", "--max-tokens", "2"])
     assert found.returncode == 0
     (line,) = (line for line in found.stderr.splitlines() if "joy" in line)
-    assert line.startswith("warning: 100*joy: ")
+    assert line.startswith("warning: 100*joy is outside -0.5 to ")
     assert "mien info joy" in line
     lines = "/steer -joy\n/steer 100*joy\n/quit\n"
     chatted = run_process(["chat", "--max-tokens", "2"], stdin=lines)

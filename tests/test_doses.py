@@ -141,7 +141,7 @@ def test_a_warning_made_an_error_leaves_the_steering_as_it_was(steering: Steerin
 
 def test_a_defined_vector_has_the_name_that_it_was_given(steering: Steering) -> None:
     steering.define("bliss", JOY)
-    with pytest.warns(DoseWarning, match=r"^9\*bliss: "):
+    with pytest.warns(DoseWarning, match=r"^9\*bliss is outside "):
         steering.set("9*bliss")
 
 

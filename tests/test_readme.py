@@ -99,7 +99,7 @@ def test_a_vector_has_what_the_text_says(tmp_path: Path, monkeypatch: pytest.Mon
         eval(code, names) for code in re.findall(r"`([^`]+)`", line) if code != "Vector"
     )
     assert loaded.digest == names["joy"].digest
-    assert mixed.digest == (0.5 * names["joy"] - names["fear"]).digest
+    assert mixed.digest == (0.5 * names["joy"] - 0.3 * names["fear"]).digest
     assert -1 <= cosine < 1
     np.testing.assert_array_equal(row, loaded.directions[14])
     assert mien.load("joy.gguf").digest == loaded.digest

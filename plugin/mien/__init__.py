@@ -1,4 +1,4 @@
-"""mien gives a running language model a temper.
+"""mien steers a running language model's tone and personality.
 
     steering = mien.attach(llm)            # a llama_cpp.Llama
     steering.set("0.8*joy - 0.3*anger")    # any time, also between two tokens

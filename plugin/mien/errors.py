@@ -22,7 +22,7 @@ And every warning, for what can be done and is probably not meant:
 
     MienWarning
     ├── ReplyWarning                several tokens of a reply at once were taken for a prompt
-    └── DoseWarning                 a dose that the vector is not good for
+    └── DoseWarning                 a dose outside those that the vector was tested at
 
 A message says what was expected, what came instead, where, and what to do next. The facts are
 attributes too. Anything else that escapes mien is a bug and keeps its traceback.
@@ -237,7 +237,7 @@ class ReplyWarning(MienWarning):
 
 
 class DoseWarning(MienWarning):
-    """A dose that the vector is not good for: it was calibrated, and not for that.
+    """A dose outside those that the vector was tested at; it was calibrated.
 
     name: the vector's. dose: what was asked for. limits: the least and the greatest dose that pass, see
     `Vector.limits`.
@@ -246,8 +246,8 @@ class DoseWarning(MienWarning):
     def __init__(self, name: str, dose: float, limits: tuple[float, float]) -> None:
         self.name, self.dose, self.limits = name, dose, limits
         super().__init__(
-            f"{dose:g}*{name}: expected a dose from {limits[0]:.3g} to {limits[1]:.3g}, where 1 is the "
-            "strongest fluent one; beyond that replies repeat or fall apart. "
+            f"{dose:g}*{name} is outside {limits[0]:.3g} to {limits[1]:.3g}, the doses that {name} was "
+            "tested at; expect broken replies. 1 is the strongest fluent dose. "
             f"`mien info {name}` shows the dose curve."
         )
 

@@ -2,8 +2,8 @@
 
     joy
     0.8*joy - 0.3*anger
-    2 * (joy - smollm2_135m_instruct.fear) / 3
-    joy(0.7, when="response") + (calm - anger)(keep_norm=True)
+    2 * (joy - 0.5*smollm2_135m_instruct.fear) / 3
+    joy(0.7, when="response") + (calm - 0.3*anger)(keep_norm=True)
     ablate(refusal) + clamp(calm, 1.0) + 0.5*purify(openness, conscientiousness)
     gate(calm(decay=40), on=anger, above=0.5)
 

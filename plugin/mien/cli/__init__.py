@@ -1,6 +1,6 @@
 """The command line. Data goes to stdout, everything said about it to stderr.
 
-Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 name or model not found, 4 broken file or pack,
+Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 name, file or model not found, 4 broken file or pack,
 5 model mismatch, 6 runtime or extra missing, 7 steering not applied, 130 interrupted.
 
 Commands import what they need when they run: `mien --help` and `mien list` load no runtime.
@@ -110,7 +110,7 @@ def _end(message: str | click.ClickException | None, code: int) -> int:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mien")
 def cli() -> None:
-    """Steer a language model's mood and personality while it runs.
+    """Steer a running language model's tone and personality.
 
     \b
     mien run "How was your day?" --steer "0.8*joy"

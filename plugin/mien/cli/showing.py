@@ -141,13 +141,12 @@ def _worth(vector: Vector) -> dict[str, str]:
     found = {"dose": "not calibrated: 1 is the vector's own length, and no dose is known to be fluent"}
     if vector.calibrated and vector.limits:
         least, greatest = vector.calibrated
-        fluent = "1 is the strongest fluent dose"
+        measured = f"from {least:.3g} to {greatest:.3g}" if least else f"up to {greatest:.3g}"
+        fluent = "fluent up to 1"
         if meta.get("calibration.holds") is False:
             fluent = "no dose was fluent, and 1 is the one that repeats least"
-        found["dose"] = (
-            f"calibrated from {least:.3g} to {greatest:.3g}; {fluent}; below {vector.limits[0]:.3g} or above "
-            f"{greatest:.3g} mien warns"
-        )
+        low, high = vector.limits
+        found["dose"] = f"measured {measured}; {fluent}; a warning below {low:.3g} and above {high:.3g}"
     effect, interval = meta.get("test.effect"), meta.get("test.effect_interval")
     if isinstance(effect, (int, float)):
         found["effect"] = f"{effect:.2f} nats per token on held-out replies"
