@@ -303,6 +303,17 @@ def test_a_closed_stream_is_an_empty_one(model: Path, closed: str, arguments: st
     assert b"Traceback" not in found.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo terminals are Unix's")
+def test_a_chat_whose_replies_go_to_a_file_prompts_on_stderr(model: Path) -> None:
+    master, terminal = os.openpty()
+    os.write(master, b"/steer\n/quit\n")
+    found = process("chat", "--model", str(model), stdin=terminal)
+    os.close(terminal)
+    os.close(master)
+    assert (found.returncode, found.stdout) == (0, b"")
+    assert found.stderr.count(b"> ") == 2
+
+
 # ---- contexts ----
 
 

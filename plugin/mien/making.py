@@ -187,11 +187,11 @@ class Maker:
             return kept
         from .training import Example, train
 
+        progress = self._stage(f"training {stage}")
         if self._model is None:
             assert self._trainable is not None
             self._model = self._trainable()
         examples = [Example(*lesson) for lesson in lessons]
-        progress = self._stage(f"training {stage}")
         found = train(self._model, examples, self.layers, rounds=rounds, seed=seed, progress=progress)
         arrays: dict[str, Any] = {"key": np.array(key), **found}
         np.savez(buffer := BytesIO(), **arrays)
