@@ -233,7 +233,7 @@ class Vector:
         return hashlib.sha256(head + self.rows.astype("<f4", copy=False).tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the GGUF file; an existing file is replaced once the new one is whole."""
+        """Write the GGUF file; a file already there is replaced only once the new one is whole."""
         from .vectorfile import write  # gguf loads slowly, and most commands never write
 
         write(self, path)
