@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,32 @@ def test_a_copy_and_a_pickle_of_an_attached_model_are_plain(model: Any) -> None:
                 again.clear()
                 assert torch.equal(logits(other), plain)
         assert reply(model) != answer
+
+
+def own_generate(*_: Any, **__: Any) -> str:
+    return "own"
+
+
+@pytest.mark.parametrize("own", ["function", "partial", "method"])
+@pytest.mark.parametrize("change", ["detached", "moved", "copied", "pickled"])
+def test_a_generate_of_the_models_own_is_kept(model: Any, own: str, change: str) -> None:
+    kinds = {"function": own_generate, "partial": partial(own_generate, 1), "method": model.generate}
+    model.generate = kinds[own]
+    answer = model.generate(IDS, max_new_tokens=2)
+    with attach(model) as steering:
+        kept = model
+        if change == "moved":  # to another owner of the layers
+            model.model = make_model().model
+            steering.set("joy")
+        elif change != "detached":
+            kept = copy.deepcopy(model) if change == "copied" else pickle.loads(pickle.dumps(model))
+        steering.clear()
+        assert own == "method" or model.generate(IDS, max_new_tokens=2) == answer
+    assert model.generate is kinds[own]
+    found = kept.generate
+    assert type(found) is type(kinds[own])
+    assert getattr(found, "__self__", kept) is kept
+    assert own == "method" or found(IDS) == answer
 
 
 def test_saving_an_attached_model_saves_the_plain_one(model: Any, tmp_path: Path) -> None:

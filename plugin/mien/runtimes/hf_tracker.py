@@ -37,13 +37,18 @@ class Listener(Protocol):
 
 
 class _Method:
-    """Over one of the model's methods; a copy of the model gets the plain one."""
+    """Over one of the model's methods; a copy of the model gets the plain one.
+
+    own: whether it stands in for an attribute of the model itself, which its user has put there.
+    """
 
     name = ""
 
-    def __init__(self, original: Callable[..., Any], tracker: Tracker) -> None:
-        self.original, self.tracker = original, tracker
-        functools.update_wrapper(self, original, updated=())
+    def __init__(self, model: Any, tracker: Tracker) -> None:
+        self.original: Callable[..., Any] = getattr(model, self.name)
+        self.own = self.name in vars(model)
+        self.tracker = tracker
+        functools.update_wrapper(self, self.original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -52,7 +57,20 @@ class _Method:
         return copy.deepcopy(self.original, memo)  # the bound method of the copied model
 
     def __reduce__(self) -> Any:
+        if self.own:
+            return _itself, (self.original,)
         return getattr, (self.original.__self__, self.name)  # type: ignore[attr-defined]  # it is bound
+
+    def leave(self, model: Any) -> None:
+        """Put back what was there."""
+        if self.own:
+            setattr(model, self.name, self.original)
+        else:
+            delattr(model, self.name)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
 
 
 class _Generate(_Method):
@@ -125,7 +143,7 @@ class Tracker:
         ]
         for method in _METHODS:
             if callable(getattr(model, method.name, None)):
-                setattr(model, method.name, method(getattr(model, method.name), self))
+                setattr(model, method.name, method(model, self))
         self.listeners = (listener,)
 
     def leave(self, model: Any) -> None:
@@ -133,8 +151,8 @@ class Tracker:
         for handle in self._handles:
             handle.remove()
         for method in _METHODS:
-            if isinstance(vars(model).get(method.name), method):
-                delattr(model, method.name)
+            if isinstance(found := vars(model).get(method.name), method):
+                found.leave(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tracker:
         return Tracker()  # a copy of the model is of the plain one: nobody listens there
