@@ -402,13 +402,32 @@ def test_a_layer_with_another_dtype_of_output_is_steered_in_that_dtype(model: An
         assert paths == {1: "engine", 2: "torch", 3: "engine"}
 
 
-def test_a_layer_that_gives_its_input_back_is_not_changed_under_its_feet(model: Any) -> None:
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_layer_that_gives_its_input_back_is_not_changed_under_its_feet(
+    model: Any, keyword: bool, watched: bool
+) -> None:
     class Nothing(nn.Module):
         def forward(self, hidden_states: Any, **_: Any) -> Any:
             return hidden_states
 
-    model.model.layers[2] = Nothing()
-    with attach(model) as steering:
+    class ByName(nn.Module):
+        """Gives a layer its input by name."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Nothing()
+
+        def forward(self, hidden_states: Any, **_: Any) -> Any:
+            return self.inner(hidden_states=hidden_states)
+
+    model.model.layers[2] = ByName() if keyword else Nothing()
+    layers = [*model.model.layers]
+    if keyword:
+        layers[2] = layers[2].inner
+    with attach(model, layers=layers) as steering:
+        if watched:
+            steering.watch("one")
         states = []
         model.model.layers[1].register_forward_hook(lambda module, args, output: states.append(output))
         steering.set("one")

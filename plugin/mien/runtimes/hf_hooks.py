@@ -109,7 +109,7 @@ def register(runtime: HFRuntime, site: str, layer: int, spot: Spot) -> Any:
     """Put a hook there; returns torch's handle."""
     place = Hooked(runtime, site, layer, spot.router)
     if site == "residual":
-        return spot.module.register_forward_hook(partial(on_layer, place), prepend=True)
+        return spot.module.register_forward_hook(partial(on_layer, place), prepend=True, with_kwargs=True)
     if spot.router is not None:
         return spot.module.register_forward_hook(partial(on_router, place), prepend=True)
     if spot.inward:
@@ -117,7 +117,9 @@ def register(runtime: HFRuntime, site: str, layer: int, spot: Spot) -> Any:
     return spot.module.register_forward_hook(partial(on_output, place), prepend=True, with_kwargs=True)
 
 
-def on_layer(layer: Hooked, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def on_layer(
+    layer: Hooked, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """The hook of a block, with functools.partial for its first argument.
 
     It runs once a layer and token, when the layer's weights have driven everything else out of the
@@ -125,7 +127,7 @@ def on_layer(layer: Hooked, module: nn.Module, args: tuple[Any, ...], output: An
     """
     run = layer.local.run
     if run is None:
-        return _outside(layer, args, output)
+        return _outside(layer, output)
     number = layer.number
     if number in run.acting:
         h = output[0] if type(output) is tuple else output
@@ -138,23 +140,34 @@ def on_layer(layer: Hooked, module: nn.Module, args: tuple[Any, ...], output: An
             and h.is_cpu
             and h.is_contiguous()
             and (run.no_grad or not h.requires_grad)
-            and not (args and args[0] is h)
+            and not _given(h, args, kwargs)
         ):
             run.moved[number] = apply_at(whole, number, h.data_ptr(), run.count)
         else:
-            output = _steered(run, number, args, output)
+            output = _steered(run, number, output, not _given(h, args, kwargs))
     if run.observed:
-        output = _observed(run, layer.local.capture, number, args, output)
+        own = not _given(_of(output), args, kwargs)
+        output = _observed(run, layer.local.capture, number, output, own)
     return output
 
 
-def _steered(run: Pass, number: int, args: tuple[Any, ...], output: Any) -> Any:
+def _given(h: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a module gives back what it was given, which is not changed in place: it is somebody else's."""
+    for value in args:
+        if value is h:
+            return True
+    for value in kwargs.values():  # noqa: SIM110  # a generator takes longer, and this is done for each token
+        if value is h:
+            return True
+    return False
+
+
+def _steered(run: Pass, number: int, output: Any, own: bool) -> Any:
     """The block's output after the program acted on it."""
-    h = _of(output)
-    return _replaced(output, run.steer("residual", number, h, not (args and args[0] is h)))
+    return _replaced(output, run.steer("residual", number, _of(output), own))
 
 
-def _observed(run: Pass, capture: Capture | None, number: int, args: tuple[Any, ...], output: Any) -> Any:
+def _observed(run: Pass, capture: Capture | None, number: int, output: Any, own: bool) -> Any:
     """The block's output where somebody looks on, before and after the program acts on it."""
     readings = run.readings
     if readings is not None:
@@ -162,7 +175,7 @@ def _observed(run: Pass, capture: Capture | None, number: int, args: tuple[Any, 
         if reads:
             readings.take(number, _of(output), after=False)
         if number in run.places.get("residual", ()):
-            output = _steered(run, number, args, output)
+            output = _steered(run, number, output, own)
             if reads:
                 readings.take(number, _of(output), after=True)
     if capture is not None and number in capture.layers:
@@ -171,7 +184,7 @@ def _observed(run: Pass, capture: Capture | None, number: int, args: tuple[Any, 
     return output
 
 
-def _outside(layer: Hooked, args: tuple[Any, ...], output: Any) -> Any:
+def _outside(layer: Hooked, output: Any) -> Any:
     """For a layer in a graph that is being compiled, and for one that is called on its own."""
     if layer.runtime is None:
         return output
@@ -183,8 +196,7 @@ def on_output(
 ) -> Any:
     """The hook of an attention or an MLP."""
     h = _of(output)
-    given = any(h is value for value in (*args, *kwargs.values()))  # nobody else's is changed in place
-    return _replaced(output, _brought(place, h, not given))
+    return _replaced(output, _brought(place, h, not _given(h, args, kwargs)))
 
 
 def on_input(place: Hooked, module: nn.Module, args: tuple[Any, ...]) -> Any:
