@@ -22,7 +22,7 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +31,16 @@ import transformers
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..errors import ReplyWarning, RuntimeNotSupported, SiteNotFound, SteeringNotApplied, warn
+from ..errors import ReplyWarning, RuntimeNotSupported, SiteNotFound, warn
 from ..program import NOTHING
 from ..steering import Applied, LayerApplied, Programs, Steering
 from ..vector import Floats
 from ..watch import Watch
 from .hf_experts import Counts
 from .hf_graph import Graph, alone, require_told
-from .hf_hooks import Capture, Local, follow_traced, register, register_root, runtime_at, strip
-from .hf_layers import Mounts, find_layers, fingerprint_of, follow_layers, require_weights, text_config
+from .hf_hooks import follow_traced, register, register_root, runtime_at, strip
+from .hf_layers import Mounts, find_layers, fingerprint_of, follow_layers, require_weights
+from .hf_local import Capture, Local
 from .hf_pass import Pass
 from .hf_program import Loaded
 from .hf_rows import Rows
@@ -55,6 +56,14 @@ def runtime_of(model: Any) -> HFRuntime | None:
     """The runtime that is attached to a transformers model, or to the one that `model` wraps; else None."""
     model = unwrap(model)
     return runtime_at(model) if isinstance(model, nn.Module) else None
+
+
+class _Set(NamedTuple):
+    """What is set: the programs as they were given, the turn, and what acts in that turn."""
+
+    given: Programs
+    turn: int
+    loaded: Loaded
 
 
 class HFRuntime:
@@ -82,15 +91,13 @@ class HFRuntime:
         self.counts: Counts | None = None
         self._model, self._layers, self._named = model, found, layers
         self._sites = Sites(model, found)
-        self._programs: Programs = NOTHING
-        self._turn = 1
-        self._loaded = Loaded(NOTHING)
+        self._set = _Set(NOTHING, 1, Loaded(NOTHING))
         self.graph = Graph(len(found.modules), self._loaded)
         self._kept: dict[tuple[int, ...], Loaded] = {}
         self._swapping = threading.RLock()
         self._reader: Reader | None = None
         self._last: Pass | None = None
-        self._under_way: set[Pass] = set()  # passes that act at other sites than the residual stream
+        self._under_way: set[Pass] = set()
         self._warned = False
         self._elsewhere: dict[tuple[str, int], Any] = {}  # hooks at other sites, by site and layer
         self._tracker.join(self, found.owner, model)
@@ -110,9 +117,12 @@ class HFRuntime:
         self._note_hooks()
 
     def _note_hooks(self) -> None:
-        self.graph.hooked = " ".join(f"{site}:{layer}" for site, layer in sorted(self._elsewhere))
-        names = [self._sites.name(*place) for place in self._elsewhere]
-        self._mounts = Mounts(self._model, [self._layers.owned, *self._layers.names, *names])
+        places = sorted(self._elsewhere)
+        names = [self._sites.name(*place) for place in places]
+        mounts = Mounts(self._model, [self._layers.owned, *self._layers.names, *names])
+        hooked = " ".join(f"{site}:{layer}" for site, layer in places)
+        self._noted = frozenset(places)
+        self._mounts, self.graph.hooked = mounts, hooked
 
     def follow(self, *, tracing: bool = False) -> None:
         """Move to the modules that are now where the hooked ones were. tracing: while a graph is compiled.
@@ -146,62 +156,96 @@ class HFRuntime:
 
     # ---- what is set ----
 
+    # A signal handler may set something too, between any two steps of the thread that it interrupts, which
+    # holds the lock. So `_set` is changed by one assignment, right after a look at what it was (Python runs
+    # handlers after calls), and what follows from it is brought into line until it is.
+
     @property
     def setting(self) -> Programs:
-        return self._programs
+        return self._set.given
 
     def swap(self, programs: Programs, expected: Programs | None = None) -> bool:
         with self._swapping:
-            if expected is not None and self._programs is not expected:
-                return False
-            self._load(programs, self._turn)
-        return True
+            while True:
+                before = self._set
+                if expected is not None and before.given is not expected:
+                    return False
+                if self._load(programs, before.turn, before):
+                    return True
 
     @property
     def turn(self) -> int:
-        return self._turn
+        return self._set.turn
 
     @turn.setter
     def turn(self, turn: int) -> None:
         with self._swapping:
-            self._load(self._programs, turn)
+            while True:
+                before = self._set
+                if self._load(before.given, turn, before):
+                    return
 
-    def _load(self, given: Programs, turn: int) -> None:
-        """Have what is given act, as it is in that turn. On error everything is as it was."""
+    @property
+    def _loaded(self) -> Loaded:
+        return self._set.loaded
+
+    def _load(self, given: Programs, turn: int, before: _Set) -> bool:
+        """Have what is given act, as it is in that turn, in place of `before`; whether that was still set.
+
+        On error everything is as it was.
+        """
         self.follow()
+        self._drop_interrupted()
         by_row = isinstance(given, tuple)
         every = given if isinstance(given, tuple) else (given,)
         programs = tuple(program.at_turn(turn) for program in every)
         key = (len(programs) if by_row else 0, *map(id, programs))
         loaded = self._kept.get(key) or Loaded(programs if by_row else programs[0])
-        self._hook(loaded)
-        self.graph.take(loaded)
+        self.graph.prepare(loaded)
+        self._hook(self._wanted(loaded))  # before a pass counts on them
         loaded.begin_anew()
-        self._programs, self._turn = given, turn
+        new = _Set(given, turn, loaded)
+        if self._set is not before:
+            self._settle()
+            return False
+        self._set = new
+        self._keep(key, loaded)
+        self._settle()
+        return True
+
+    def _keep(self, key: tuple[int, ...], loaded: Loaded) -> None:
         self._kept.pop(key, None)
         self._kept[key] = loaded  # it keeps the programs alive, and so their ids
-        if len(self._kept) > _KEPT:
-            del self._kept[next(iter(self._kept))]
-        self._loaded = loaded
-        self._unhook()
+        for old in list(self._kept)[:-_KEPT]:
+            self._kept.pop(old, None)
 
-    def _hook(self, loaded: Loaded) -> None:
-        """Have hooks at every site where `loaded` acts, before a pass counts on them. Raises SiteNotFound."""
-        new = self._wanted(loaded).difference(self._elsewhere)
+    def _settle(self) -> None:
+        """Bring graphs and hooks into line with what is set; hooks also with what passes need."""
+        while True:
+            now = self._set
+            self.graph.take(now.loaded)
+            wanted = self._wanted(now.loaded).union(*(run.loaded.elsewhere for run in self._under_way))
+            self._hook(wanted)
+            self._unhook(wanted)
+            if self._noted != self._elsewhere.keys():
+                self._note_hooks()
+            if self._set is now:
+                return
+
+    def _hook(self, wanted: frozenset[tuple[str, int]]) -> None:
+        """Have hooks at these sites. Raises SiteNotFound, and has none then that was not there."""
+        new = wanted.difference(self._elsewhere)
         spots = {place: self._sites.spot(*place) for place in new}
         for place, spot in spots.items():
-            self._elsewhere[place] = register(self, *place, spot)
-        if new:
-            self._note_hooks()
+            handle = register(self, *place, spot)
+            if self._elsewhere.setdefault(place, handle) is not handle:
+                handle.remove()
 
-    def _unhook(self) -> None:
-        """Take away the hooks that neither what is set nor a pass under way needs."""
-        wanted = self._wanted(self._loaded).union(*(run.loaded.elsewhere for run in self._under_way))
-        old = set(self._elsewhere).difference(wanted)
-        for place in old:
-            self._elsewhere.pop(place).remove()
-        if old:
-            self._note_hooks()
+    def _unhook(self, wanted: frozenset[tuple[str, int]]) -> None:
+        """Take away the hooks at other sites than these."""
+        for place in set(self._elsewhere).difference(wanted):
+            if (handle := self._elsewhere.pop(place, None)) is not None:
+                handle.remove()
 
     def _wanted(self, loaded: Loaded) -> frozenset[tuple[str, int]]:
         if self.counts is None:
@@ -229,8 +273,7 @@ class HFRuntime:
             self._sites.spot("experts", layer)
         with self._swapping:
             self.counts = Counts() if on else None
-            self._hook(self._loaded)
-            self._unhook()
+            self._settle()
 
     def expert_counts(self) -> dict[int, npt.NDArray[np.int64]]:
         """How often each expert was chosen, by layer (experts,); empty where nothing is counted."""
@@ -250,7 +293,6 @@ class HFRuntime:
             self.graph.rows, self._last = rows, None
             return
         self.follow()
-        self.require(rows)
         if rows.resumed and not self._warned and (self._loaded.by_token or self._reader is not None):
             self._warned = True
             warn(
@@ -259,55 +301,50 @@ class HFRuntime:
                     "turn. If they are of that reply (drafts), use generate(), or pass them one by one"
                 )
             )
-        loaded = self._loaded
-        if loaded.elsewhere:
-            with self._swapping:  # its hooks stay until the pass ends
-                run = Pass(self._loaded, rows, self.fingerprint.n_embd)
-                self._under_way.add(run)
-        else:
-            run = Pass(loaded, rows, self.fingerprint.n_embd)
+        run = self._begun(rows)
         if self._reader is not None:
             run.watch(Readings(self._reader, rows))
         run.observed = self._reader is not None or self.local.capture is not None
-        self.local.run = run
+
+    def _begun(self, rows: Rows) -> Pass:
+        """A pass that is open in this thread, and whose hooks stay until it ends."""
+        with self._swapping:
+            self._drop_interrupted()
+            self.require(rows)
+            loaded = self._loaded
+            run = Pass(loaded, rows, self.fingerprint.n_embd)
+            self.local.open(run)
+            self._under_way.add(run)
+            if loaded is not self._loaded:  # a signal handler may have set another
+                self._settle()
+        return run
+
+    def _drop_interrupted(self) -> None:
+        """Close the passes of this thread that torch did not end."""
+        if runs := self.local.interrupted:
+            self._close(runs)
+
+    def _close(self, runs: list[Pass]) -> None:
+        self._under_way.difference_update(runs)
+        self.local.close(runs)
 
     def end(self, finished: bool) -> None:
         if is_compiling():
             self.graph.rows = None
             return
-        run, self.local.run = self.local.run, None
-        if run is None:
+        runs = self.local.ending
+        if not runs:
             return
-        if run.loaded.elsewhere:
-            with self._swapping:
-                self._under_way.discard(run)
-                if run.loaded is not self._loaded:
-                    self._unhook()
+        run = runs[0]
+        with self._swapping:
+            self._close(runs)
+            if any(each.loaded is not self._loaded for each in runs):
+                self._settle()
         if finished:
             self._last = run
-            self._require_all(run)
+            run.require(self._model)
             if run.readings is not None:
                 run.readings.deliver()
-
-    def _require_all(self, run: Pass) -> None:
-        """Raise SteeringNotApplied where layers did not come by."""
-        missing = run.missing()
-        if not missing or self._model.training:  # training may skip layers on purpose
-            return
-        count = text_config(self._model).num_hidden_layers  # lowered while the model drafts for itself
-        missing = {site: [layer for layer in layers if layer < count] for site, layers in missing.items()}
-        missing = {site: layers for site, layers in missing.items() if layers}
-        if not missing:
-            return
-        said = [
-            f"layers {layers}" + ("" if site == "residual" else f" at {site}")
-            for site, layers in missing.items()
-        ]
-        raise SteeringNotApplied(
-            f"{' and '.join(said)} were not run: the model skipped them, or their hooks were taken away; "
-            "detach and attach again",
-            sorted({layer for layers in missing.values() for layer in layers}),
-        )
 
     def bare(self, h: Tensor) -> Pass:
         """For a module called on its own. A backward pass does so to go through the last pass again."""
@@ -359,4 +396,5 @@ class HFRuntime:
     def release(self) -> None:
         self._take_hooks()
         self._elsewhere.clear()
+        self._close([*self._under_way])
         self._tracker.leave(self._model)

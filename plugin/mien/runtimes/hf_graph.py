@@ -43,9 +43,14 @@ class Graph:
         }
         return sorted(found)
 
+    def prepare(self, loaded: Loaded) -> None:
+        """Have at hand what `take` needs. Raises VectorError if a direction does not fit into a dtype."""
+        for site, device, dtype in list(self._names):
+            loaded.table(site, 0, device, dtype)
+
     def take(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        for kind in self._names:
+        for kind in list(self._names):
             self._fill(*kind)
 
     def use(

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, float32, nn
 from torch.compiler import is_compiling
 
 from ..engine import apply_at
-from ..vector import Floats
 from .hf_experts import Router
 from .hf_graph import trace
+from .hf_local import Capture, Local
 from .hf_pass import Pass
 from .hf_sites import Spot
 
 if TYPE_CHECKING:
     from .hf import HFRuntime
-
-
-class Capture(NamedTuple):
-    """The last `last` rows of each of `layers`, put into `found`."""
-
-    found: dict[int, Floats]
-    layers: frozenset[int]
-    last: int
-
-
-class Local(threading.local):
-    """A thread's own: two threads may run one model."""
-
-    run: Pass | None = None
-    capture: Capture | None = None
 
 
 class Hooked:

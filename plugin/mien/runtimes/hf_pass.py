@@ -14,6 +14,7 @@ from torch import Tensor
 from ..engine import CompiledProgram, apply_tokens_at
 from ..errors import SteeringNotApplied
 from ..steering import Applied, LayerApplied
+from .hf_layers import text_config
 from .hf_program import Loaded, runs
 from .hf_rows import Rows
 from .hf_steer import act, add_plainly, lengths
@@ -187,6 +188,26 @@ class Pass:
         if unread:
             found["residual"] = sorted({*unread, *found.get("residual", ())})
         return {site: layers for site, layers in found.items() if layers}
+
+    def require(self, model: Any) -> None:
+        """Raise SteeringNotApplied if layers of the model did not come by."""
+        missing = self.missing()
+        if not missing or model.training:  # training may skip layers on purpose
+            return
+        count = text_config(model).num_hidden_layers  # lowered while the model drafts for itself
+        missing = {site: [layer for layer in layers if layer < count] for site, layers in missing.items()}
+        missing = {site: layers for site, layers in missing.items() if layers}
+        if not missing:
+            return
+        said = [
+            f"layers {layers}" + ("" if site == "residual" else f" at {site}")
+            for site, layers in missing.items()
+        ]
+        raise SteeringNotApplied(
+            f"{' and '.join(said)} were not run: the model skipped them, or their hooks were taken away; "
+            "detach and attach again",
+            sorted({layer for layers in missing.values() for layer in layers}),
+        )
 
     def applied(self) -> Applied:
         applied = Applied(self.loaded.recipes, {})
