@@ -1,4 +1,4 @@
-"""Forward passes that are interrupted or nested, and recipes that are set at any moment of one."""
+"""Forward passes that are interrupted, nested or run again, and recipes that are set at any moment of one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import mien
 import pytest
 import torch
-from hf_models import N_EMBD, logits, make_model, state
+from hf_models import IDS, N_EMBD, batch, logits, make_model, state
 from makers import DictRegistry, make_vector
 from mien import SteeringNotApplied
+from torch.utils.checkpoint import checkpoint
 
 SITES = {"a": "residual", "b": "residual", "m": "mlp", "t": "attention"}
 REGISTRY: Any = DictRegistry(
@@ -22,6 +23,7 @@ REGISTRY: Any = DictRegistry(
         for seed, (name, site) in enumerate(SITES.items())
     )
 )
+OTHER_IDS = IDS.roll(2, 1)
 
 
 @pytest.fixture
@@ -243,3 +245,88 @@ def test_a_pass_inside_of_another_leaves_that_as_it_was(model: Any, inner: str, 
         assert torch.equal(logits(model), expected[str(mien.parse(outer))])
         assert torch.equal(nested[1], expected[str(mien.parse(inner))])
         require_one(model, steering, expected)
+
+
+# ---- layers that run again in a backward pass ----
+
+LONG, SHORT = IDS[0].tolist(), [5, 6, 7]
+RIGHT, SWAPPED = batch([LONG, SHORT], "right"), batch([SHORT, LONG], "right")
+PASSES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+    "one": [("5*t + a", RIGHT)],
+    "other padding": [("9*t + a", RIGHT), ("9*t + a", SWAPPED)],
+    "other recipes": [("9*t", {"input_ids": IDS}), ("", {"input_ids": OTHER_IDS}), ("m", {"input_ids": IDS})],
+    "rows": [(["9*m", "-4*a"], RIGHT), (['3*a(when="prompt")', "5*t + m"], SWAPPED)],
+}
+LOSSES: dict[str, Callable[[list[Any]], None]] = {
+    "sum": lambda outs: sum(out.loss for out in outs).backward(),
+    "preference": lambda outs: torch.nn.functional.logsigmoid(
+        outs[0].loss - 2 * sum(o.loss for o in outs[1:])
+    ).backward(),
+    "one by one": lambda outs: [out.loss.backward() for out in outs] and None,
+    "a layer's output": lambda outs: sum(out.hidden_states[2].square().sum() for out in outs).backward(),
+}
+
+
+def gradients(passes: list[tuple[Any, Any]], loss: Callable[[list[Any]], None], reentrant: Any = None) -> Any:
+    """reentrant: how activations are checkpointed; None if they are not."""
+    model = make_model()
+    model.train()
+    if reentrant is not None:
+        named = "activation_checkpointing_enable"  # what transformers 5 calls it
+        enable = getattr(model, named, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    outs = []
+    with attach(model) as steering:
+        for recipe, inputs in passes:
+            steering.set(recipe)
+            outs.append(
+                model(**inputs, labels=inputs["input_ids"], use_cache=False, output_hidden_states=True)
+            )
+        steering.clear()
+        loss(outs)
+        outs.clear()
+        steering.clear()
+        assert steering._runtime._elsewhere == {}  # type: ignore[union-attr]
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.filterwarnings("ignore:.*use_cache.*")  # transformers says that it turns the cache off
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+def test_a_layer_that_runs_again_acts_as_in_its_own_pass(
+    passes: list[tuple[Any, Any]], loss: Callable[[list[Any]], None]
+) -> None:
+    expected = gradients(passes, loss)
+    assert not torch.allclose(expected, gradients([("", inputs) for _, inputs in passes], loss))
+    for reentrant in (False, True):
+        torch.testing.assert_close(gradients(passes, loss, reentrant), expected)
+
+
+def whole(model: Any, ids: Any) -> Any:
+    """The loss, of a model that runs again as a whole."""
+    start = torch.ones((), requires_grad=True)
+    return checkpoint(lambda _: model(ids, labels=ids, use_cache=False).loss, start, use_reentrant=False)
+
+
+def test_a_model_that_runs_again_as_a_whole_acts_as_it_did(model: Any) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with attach(model) as steering:
+        steering.set("5*a + m")
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        expected, weight.grad = weight.grad, None
+        loss = whole(model, IDS)
+        steering.set("t")
+        loss.backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_a_pass_of_several_that_can_not_be_told_is_an_error(model: Any) -> None:
+    with attach(model) as steering:
+        losses = []
+        for recipe in ("a", "m"):
+            steering.set(recipe)
+            losses.append(whole(model, IDS))
+        with pytest.raises(SteeringNotApplied):
+            sum(losses).backward()

@@ -43,6 +43,7 @@ from .hf_layers import Mounts, find_layers, fingerprint_of, follow_layers, requi
 from .hf_local import Capture, Local
 from .hf_pass import Pass
 from .hf_program import Loaded
+from .hf_replay import Replays
 from .hf_rows import Rows
 from .hf_sites import Sites
 from .hf_tracker import tracker_of
@@ -98,6 +99,7 @@ class HFRuntime:
         self._reader: Reader | None = None
         self._last: Pass | None = None
         self._under_way: set[Pass] = set()
+        self._replays = Replays()
         self._warned = False
         self._elsewhere: dict[tuple[str, int], Any] = {}  # hooks at other sites, by site and layer
         self._tracker.join(self, found.owner, model)
@@ -224,7 +226,8 @@ class HFRuntime:
         while True:
             now = self._set
             self.graph.take(now.loaded)
-            wanted = self._wanted(now.loaded).union(*(run.loaded.elsewhere for run in self._under_way))
+            running = [*self._under_way, *self._replays.runs]
+            wanted = self._wanted(now.loaded).union(*(run.loaded.elsewhere for run in running))
             self._hook(wanted)
             self._unhook(wanted)
             if self._noted != self._elsewhere.keys():
@@ -311,11 +314,14 @@ class HFRuntime:
         with self._swapping:
             self._drop_interrupted()
             self.require(rows)
-            loaded = self._loaded
+            replayed = self._replays.find()
+            loaded = self._loaded if replayed is None else replayed.loaded
             run = Pass(loaded, rows, self.fingerprint.n_embd)
+            if not run.no_grad:
+                run.trace = self._replays.trace(run)
             self.local.open(run)
             self._under_way.add(run)
-            if loaded is not self._loaded:  # a signal handler may have set another
+            if loaded is not self._loaded:  # a signal handler may have set another, or this is a replay
                 self._settle()
         return run
 
@@ -327,31 +333,33 @@ class HFRuntime:
     def _close(self, runs: list[Pass]) -> None:
         self._under_way.difference_update(runs)
         self.local.close(runs)
+        for run in runs:
+            run.trace = None
 
-    def end(self, finished: bool) -> None:
+    def end(self, output: Any) -> None:
         if is_compiling():
             self.graph.rows = None
             return
         runs = self.local.ending
         if not runs:
             return
-        run = runs[0]
+        run, trace = runs[0], runs[0].trace
+        if trace is not None:
+            trace.note(output)
         with self._swapping:
             self._close(runs)
             if any(each.loaded is not self._loaded for each in runs):
                 self._settle()
-        if finished:
+        if output is not None:
             self._last = run
             run.require(self._model)
             if run.readings is not None:
                 run.readings.deliver()
 
     def bare(self, h: Tensor) -> Pass:
-        """For a module called on its own. A backward pass does so to go through the last pass again."""
-        last, backward = self._last, torch._C._current_graph_task_id() != -1
-        if backward and last is not None and h.shape[:-1] in (last.shape[:2], (last.count,)):
-            return last
-        return Pass(self._loaded, alone(h), self.fingerprint.n_embd)
+        """For a module called on its own. A backward pass does so to run a part of a pass again."""
+        run = self._replays.find(h.device)
+        return run if run is not None else Pass(self._loaded, alone(h), self.fingerprint.n_embd)
 
     # ---- for the user ----
 

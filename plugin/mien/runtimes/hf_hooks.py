@@ -132,6 +132,8 @@ def on_layer(
     if run.observed:
         own = not _given(_of(output), args, kwargs)
         output = _observed(run, layer.local.capture, number, output, own)
+    if run.trace is not None:
+        run.trace.note(_of(output))
     return output
 
 

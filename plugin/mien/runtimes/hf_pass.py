@@ -6,7 +6,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .hf_rows import Rows
 from .hf_steer import act, add_plainly, lengths
 from .hf_tables import Directions
 from .hf_watch import Readings
+
+if TYPE_CHECKING:
+    from .hf_replay import Trace
 
 _SPLIT = 1 << 20  # floats from which on a layer's rows are shared out among torch's number of threads
 _NOWHERE: frozenset[int] = frozenset()
@@ -43,7 +46,8 @@ class Pass:
     places: where something acts, layers by site; acting: those of the residual stream that its hooks look
     after, which is none where readings are taken. observed: whether readings or a capture are. whole: the
     one program that adds the same to all rows. fast: whether the engine may be asked at all. moved: what
-    was done at the residual stream, by layer; elsewhere: by site and layer.
+    was done at the residual stream, by layer; elsewhere: by site and layer. trace: set while it runs, if
+    gradients may come back to it.
     """
 
     __slots__ = (
@@ -65,6 +69,7 @@ class Pass:
         "rows",
         "runs",
         "shape",
+        "trace",
         "whole",
     )
 
@@ -93,6 +98,7 @@ class Pass:
         self.no_grad = not torch.is_grad_enabled()
         self.observed = False
         self.readings: Readings | None = None
+        self.trace: Trace | None = None
         self.moved: dict[int, Done] = {}
         self.elsewhere: dict[tuple[str, int], Done] = {}
 

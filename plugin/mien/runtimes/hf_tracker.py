@@ -33,7 +33,8 @@ class Listener(Protocol):
 
     def begin(self, rows: Rows) -> None: ...
 
-    def end(self, finished: bool) -> None: ...
+    def end(self, output: Any) -> None:
+        """output: of the pass; None if it raised."""
 
 
 class _Method:
@@ -191,7 +192,7 @@ class Tracker:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for listener in self.listeners:
-            listener.end(output is not None)
+            listener.end(output)
 
     def _rows(self, tokens: Tensor, kwargs: dict[str, Any]) -> Rows:
         batch, count = tokens.shape[:2]
