@@ -36,9 +36,11 @@ ENGINE := setup.py $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 export HF_HUB_OFFLINE := 1
 
-# What `make quick` runs: the fast files, about 3,700 tests on tiny models.
-QUICK := build corpus engine install interchange judge llama_operators llama_sequences llama_sites methods models \
-    operators pack parity program recipe registry responses sites steering tiny trie vector vectorfile watch
+# What `make quick` runs: the fast files, about 4,500 tests on tiny models.
+QUICK := build corpus doses engine families hf_caches hf_owners hf_replaced install interchange judge llama_histories \
+    llama_operators llama_outside llama_sequence_histories llama_sequences llama_sites llama_state llama_threads \
+    methods models odd_models operators pack parity program recipe registry responses sites steering sums tiny trie \
+    vector vectorfile watch wholefile
 
 .PHONY: help demo test quick check bench peers pack clean
 
