@@ -206,7 +206,7 @@ def test_run_prints_bars_after_the_reply_and_the_series_as_json() -> None:
 
 @pytest.mark.model
 def test_a_mistyped_name_is_said_before_anything_is_generated() -> None:
-    found = invoke("run", "Hello", "--compare", "--watch", "jy")
+    found = invoke("run", "Hello", "--steer", "joy", "--compare", "--watch", "jy")
     assert found.exit_code == 3
     assert "Did you mean joy" in found.stderr
     assert found.stdout == ""
