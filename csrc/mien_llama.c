@@ -523,7 +523,7 @@ static void note_stray(mien_hook *hook, int32_t position, int32_t rows, int32_t 
 }
 
 /* The graph's tokens as a batch of the one sequence: embeddings, and a token after one that asked for no logits,
- * are given. NULL for no memory. */
+ * are given. */
 static mien_status follow_stray(mien_hook *hook, int32_t rows, const int32_t *known, mien_batch *batch) {
     mien_sequence *only = &hook->now[0];
     if (!known) {
@@ -538,6 +538,24 @@ static mien_status follow_stray(mien_hook *hook, int32_t rows, const int32_t *kn
     return status;
 }
 
+/* Work out and note what the graph's rows are to the one sequence, and pin what acts on them, unless the same acts
+ * on all tokens and is pinned. */
+static mien_status follow_and_pin(mien_hook *hook, int32_t rows, const int32_t *known, bool same) {
+    static const mien_order as_it_stands[MIEN_ORDERS] = {MIEN_ORDER_NONE, MIEN_ORDER_NONE};
+    mien_batch batch;
+    mien_status status = follow_stray(hook, rows, known, &batch);
+    if (status != MIEN_OK) return status;
+    int32_t given = 0;
+    while (given < rows && batch.positions[given] < hook->now[0].reply_from) given++;
+    note_stray(hook, known ? known[0] : -1, rows, given);
+    if (same) return MIEN_OK;
+    status = mien_evaluation_begin(&hook->evaluation, &batch, hook->now, 1, hook->batching.n_ubatch, as_it_stands);
+    if (status != MIEN_OK) return status;
+    hook->by_row = pin_all(hook);
+    if (hook->by_row) mien_evaluation_graph(&hook->evaluation, 0, rows, NULL, NULL);
+    return MIEN_OK;
+}
+
 /* A graph outside of begin..end. */
 static void begin_stray(mien_hook *hook, int64_t n) {
     const int32_t *known = positions_of(hook, n);
@@ -546,40 +564,20 @@ static void begin_stray(mien_hook *hook, int64_t n) {
     mien_status status = take_setting(hook);
     hook->by_row = hook->continued = false;
     if (status != MIEN_OK) fail(hook, status);
-    const mien_acting *acting = hook->current ? hook->current->acting : NULL;
-    const bool one = hook->batching.n_sequences == 1;
     if (n <= 0 || n > INT32_MAX) return;
     if (hook->current && !hook->current->alike) {
         leave_unsteered(hook);
         return;
     }
+    const mien_acting *acting = hook->current ? hook->current->acting : NULL;
     const bool same = !acting || (acting->prompt == acting->response && !mien_program_counts(acting->response));
     if (same && acting) pin(hook, acting->response);
-    if (one) {
-        const int32_t rows = (int32_t)n;
-        mien_batch batch;
-        status = follow_stray(hook, rows, known, &batch);
-        if (status != MIEN_OK) {
-            fail(hook, status);
-            return;
-        }
-        int32_t given = 0;
-        while (given < rows && batch.positions[given] < hook->now[0].reply_from) given++;
-        note_stray(hook, known ? known[0] : -1, rows, given);
-        if (!same) {
-            static const mien_order as_it_stands[MIEN_ORDERS] = {MIEN_ORDER_NONE, MIEN_ORDER_NONE};
-            status = mien_evaluation_begin(&hook->evaluation, &batch, hook->now, 1, hook->batching.n_ubatch, as_it_stands);
-            if (status != MIEN_OK) {
-                fail(hook, status);
-                return;
-            }
-            hook->by_row = pin_all(hook);
-            if (hook->by_row) mien_evaluation_graph(&hook->evaluation, 0, rows, NULL, NULL);
-        }
-    } else if (!same) {
+    status = MIEN_OK;
+    if (hook->batching.n_sequences == 1)
+        status = follow_and_pin(hook, (int32_t)n, known, same);
+    else if (!same)
         leave_unsteered(hook);
-    }
-    status = make_copies(hook);
+    if (status == MIEN_OK) status = make_copies(hook);
     if (status != MIEN_OK) fail(hook, status);
 }
 

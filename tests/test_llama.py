@@ -19,6 +19,7 @@ import mien
 import numpy as np
 import pytest
 import tiny
+from llama_batches import own_control_vector
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from mien import reference
@@ -71,12 +72,7 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 
 def set_own_control_vector(llm: Any, vector: Vector) -> None:
-    """Through llama.cpp's own call, with a row for every layer so that none is stale."""
-    rows = np.zeros((N_LAYER - 1, N_EMBD), dtype=np.float32)
-    for layer, row in vector.directions.items():
-        rows[layer - 1] = row
-    data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    assert api.llama_set_adapter_cvec(llm._ctx.ctx, data, rows.size, N_EMBD, 1, N_LAYER - 1) == 0
+    own_control_vector(llm._ctx.ctx, vector, N_LAYER)
 
 
 def reply(llm: Any, prompt: str = "How was your day?", count: int = 12) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as api
@@ -20,7 +19,6 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from makers import DictRegistry
 from mien import reference
 from mien.program import Dose, Program
-from mien.runtimes.llama_text import load_llama
 from mien.steering import Steering
 from mien.vector import Vector
 from mien.watch import Token
@@ -48,24 +46,9 @@ REGISTRY = DictRegistry(
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("llama", tmp_path_factory.mktemp("tiny")).gguf
-
-
 @pytest.fixture
-def tiny(model: Path) -> Iterator[Callable[..., Any]]:
-    """Loads the tiny model with small batches, one thread and what the test asks for."""
-    loaded = []
-
-    def load(**options: Any) -> Any:
-        settings = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 32, "n_threads": 1, "seed": 1, **options}
-        loaded.append(load_llama(model, **settings))
-        return loaded[-1]
-
-    yield load
-    for llm in loaded:
-        llm.close()
+def tiny(load_tiny: Callable[..., Any]) -> Callable[..., Any]:
+    return load_tiny
 
 
 def attach(llm: Any, recipe: Any = None, **options: Any) -> Steering:

@@ -264,7 +264,7 @@ class Steering:
         program = self._sums.compiled(recipe, vectors)
         if program is None:
             program = compile_recipe(recipe, runtime.fingerprint, self._find, runtime)
-            self._sums.note(recipe, vectors, program)
+            self._sums.note(vectors, program)
         return program
 
     @contextmanager
@@ -293,10 +293,8 @@ class Steering:
 
     def _leave(self, scope: _Scope) -> None:
         with self._scoping:
-            if (
-                self._busy and scope.nested
-            ):  # a signal handler's, whose block is whole within what it interrupted
-                self._take_away(scope)
+            if self._busy and scope.nested:
+                self._take_away(scope)  # a signal handler's block is whole within what it interrupted
             else:
                 self._left.append(scope)
                 self._leave_all()
@@ -305,8 +303,10 @@ class Steering:
         """Take away what was left; more may be left meanwhile, by the garbage collector."""
         while self._left and not self._busy:
             self._busy = True
-            self._take_away(self._left.pop(0))
-            self._busy = False
+            try:
+                self._take_away(self._left.pop(0))
+            finally:
+                self._busy = False
 
     def _take_away(self, scope: _Scope) -> None:
         if self._runtime is None:

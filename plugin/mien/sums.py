@@ -37,15 +37,14 @@ class Sums:
     def __init__(self) -> None:
         self._kept: dict[tuple[Vector, ...], tuple[_Side, _Side | None]] = {}
 
-    def note(self, recipe: Recipe, vectors: tuple[Vector, ...], program: Program) -> None:
-        """`program` is what `recipe`, a plain sum of `vectors`, compiles to."""
-        parts = program.parts
+    def note(self, vectors: tuple[Vector, ...], program: Program) -> None:
+        """`program` is what a plain sum of `vectors` compiles to."""
         if len({vector.digest for vector in vectors}) < len(vectors) or program.turns:
             return  # two of the same fold into one
         if len(self._kept) >= _KEPT:
             self._kept.clear()
         prompt = _Side(program.prompt, vectors)
-        self._kept[vectors] = prompt, _Side(program.response, vectors) if len(parts) > 1 else None
+        self._kept[vectors] = prompt, _Side(program.response, vectors) if len(program.parts) > 1 else None
 
     def compiled(self, recipe: Recipe, vectors: tuple[Vector, ...]) -> Program | None:
         """What it compiles to; None if no sum of these vectors was noted. Raises as `compile_recipe` does."""

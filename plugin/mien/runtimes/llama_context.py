@@ -415,10 +415,14 @@ class ContextRuntime:
     # ---- what was done, and read ----
 
     @property
+    def _last(self) -> Setting:
+        """What the last evaluation went by, also one outside of a decode."""
+        return cast(Setting, self.hook.acted) or self.acted
+
+    @property
     def _places(self) -> list[tuple[str, int]]:
         """The (site, layer) where anything acted in the last evaluation, in order."""
-        acted = cast(Setting, self.hook.acted) or self.acted
-        every = [part.places for program in acted.programs for part in program.parts]
+        every = [part.places for program in self._last.programs for part in program.parts]
         return sorted({(site, n) for places in every for site, layers in places.items() for n in layers})
 
     def applied(self) -> Applied:
@@ -428,9 +432,8 @@ class ContextRuntime:
                 "llama_decode was called directly and was not steered: which sequence its tokens belong to, "
                 "or whether they are a reply's, is not known; call steering.decode(batch) instead"
             )
-        acted = cast(Setting, self.hook.acted) or self.acted
-        recipes = tuple(program.recipe for program in acted.programs)
-        result = Applied(recipes if isinstance(acted.given, tuple) else recipes[0], {})
+        recipes = tuple(program.recipe for program in self._last.programs)
+        result = Applied(recipes if isinstance(self._last.given, tuple) else recipes[0], {})
         for site, layer in self._places:
             rows, moved, path, _ = self.hook.applied(site, layer)
             if rows:
